@@ -1,0 +1,1 @@
+"""Experiments: one file each, a short diff over the defaults of lm.config."""

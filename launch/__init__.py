@@ -1,0 +1,1 @@
+"""The command-line verbs: flags -> one call into lm."""

@@ -1,0 +1,192 @@
+"""What the verbs share: flags and --help, config files with overrides, one clear sentence for what is wrong, progress."""
+
+import dataclasses
+import logging
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from lm.config import Config, Section, unknown_field
+from lm.errors import UserError
+from lm.files import write_json
+
+
+def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = False) -> None:
+    """Parses the command line and calls a verb; what it returns is written to --json=PATH.
+
+    Bad input ends in one sentence on standard error and exit code 1, an interruption in exit code 130.
+
+    Args:
+      main: the verb; gets the overrides ("--config.section.field=value").
+      document: the verb's docstring, which --help prints.
+      takes_config: whether overrides make sense.
+    """
+    flags.DEFINE_string("json", None, "also write the result to this file, for a program")
+    verb = sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else sys.argv[0]
+    overrides, argv = split_overrides(sys.argv)
+    if any(argument in ("--help", "-h", "-help", "--helpfull", "--helpshort") for argument in argv):
+        print(_help(document, takes_config))
+        return
+    _quiet_logging()
+    try:
+        try:
+            rest = flags.FLAGS(argv)
+        except flags.Error as error:
+            raise UserError(f"{_one_line(error)}; --help lists the flags of {verb}") from None
+        if rest[1:]:
+            raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value, and --help lists those of {verb}")
+        if overrides and not takes_config:
+            raise UserError(f"{overrides[0].split('=')[0]} is set, but {verb} takes no config; a run's folder has its own")
+        result = main(overrides)
+        if flags.FLAGS.json:
+            write_json(pathlib.Path(flags.FLAGS.json), result)
+    except UserError as error:
+        sys.exit(f"{verb}: {error}")
+    except KeyboardInterrupt:
+        print(f"\n{verb}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _one_line(error) -> str:
+    return " ".join(str(error).split())
+
+
+def _quiet_logging():
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.ERROR)  # orbax tells of every file it opens
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger = logging.getLogger("lm")
+    logger.handlers, logger.propagate = [handler], False
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Takes the overrides of the config out of a command line: "--config.a.b=v", also written with a space."""
+    overrides, rest, arguments = [], [], iter(argv)
+    for argument in arguments:
+        if not argument.startswith(("--config.", "-config.", "--noconfig.")):
+            rest.append(argument)
+        elif "=" in argument or argument.startswith("--no"):
+            overrides.append(argument)
+        else:
+            overrides.append(f"{argument}={next(arguments, '')}")
+    return overrides, rest
+
+
+def load_config(path: str, overrides: list[str]) -> Config:
+    """The config that a file's get_config() returns, with overrides; the file's argument follows a colon.
+
+    Args:
+      path: such as "configs/compare/lstm.py" or "configs/compare/lstm.py:runlocal=1".
+      overrides: "--config.section.field=value"; the value "none" leaves an optional field open.
+
+    Raises:
+      UserError: no such file, field or value.
+    """
+    from ml_collections import config_flags
+
+    file = path.split(":", 1)[0]
+    if not pathlib.Path(file).is_file():
+        raise UserError(f"--config={file} is not a file; the experiments of this project are {', '.join(known_configs())}")
+    values = flags.FlagValues()
+    given = [override for override in overrides if not override.lower().endswith("=none")]
+    argv = ["", f"--config={path}", *given]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=False)
+    try:
+        values(argv)
+        config = values.config
+    except (KeyError, AttributeError):
+        raise UserError(_unknown_override(given)) from None
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UserError(_config_error(file, error)) from None
+    if not isinstance(config, Config):
+        raise UserError(f"--config={file}: get_config() must return an lm.config.Config, not {type(config).__name__}")
+    for override in overrides:
+        if override not in given:
+            _set_none(config, override.lstrip("-").removeprefix("config.").rsplit("=", 1)[0])
+    return config
+
+
+def known_configs() -> list[str]:
+    """The config files of this project, relative to the folder that holds them."""
+    root = pathlib.Path(__file__).parent.parent
+    return sorted(str(p.relative_to(root)) for p in (root / "configs").rglob("*.py") if not p.name.startswith("_"))
+
+
+def _set_none(config, dotted):
+    *sections, name = dotted.split(".")
+    for section in sections:
+        config = getattr(config, section, None)
+    if not isinstance(config, Section) or name not in type(config).__dataclass_fields__:
+        raise UserError(f"config.{dotted} does not exist; --help lists the fields")
+    setattr(config, name, None)
+
+
+def _unknown_override(overrides):
+    for override in overrides:
+        section: Any = Config()
+        dotted = override.lstrip("-").removeprefix("noconfig.").removeprefix("config.").split("=")[0]
+        for name in dotted.split("."):
+            if not isinstance(section, Section):
+                return f"config.{dotted} does not exist: config.{dotted.rsplit('.', 1)[0]} has no parts; --help lists the fields"
+            if name not in type(section).__dataclass_fields__:
+                return unknown_field(section, name)
+            section = getattr(section, name)
+    return "the config file reads something that does not exist"
+
+
+def _config_error(file, error):
+    """One sentence from what config_flags says, which holds a traceback where the config file itself raised."""
+    text = str(error)
+    if "Traceback" in text:
+        return f"--config={file}: {text.strip().splitlines()[-1]}"
+    return _one_line(text).replace("flag --", "").replace("Non-boolean argument to boolean flag", "must be true or false")
+
+
+def _help(document, takes_config):
+    lines = [document.strip(), "", "Flags:"]
+    for flag in flags.FLAGS.get_key_flags_for_module(sys.modules["__main__"]):
+        lines.append(_entry(f"--{flag.name}={'true|false' if flag.boolean else '…'}", flag.help, flag.default))
+    lines.append(_entry("--json=…", flags.FLAGS["json"].help, None))
+    if takes_config:
+        lines += ["", "Any field of the config can be overridden, as in --config.model.hidden_dim=650; `none` leaves it open:"]
+        lines += _fields(Config(), "--config.")
+    return "\n".join(lines)
+
+
+def _entry(name, meaning, default):
+    shown = "" if default in (None, "", False) else f" [{default}]"
+    return f"  {name:<36} {meaning}{shown}"
+
+
+def _fields(section, prefix):
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if isinstance(value, Section):
+            yield from _fields(value, f"{prefix}{field.name}.")
+        else:
+            choices = field.metadata["choices"]
+            if isinstance(choices, dict):
+                choices = tuple(name for names in choices.values() for name in names)
+            options = f" ({', '.join(choices)})" if choices else ""
+            yield _entry(f"{prefix}{field.name}", field.metadata["meaning"] + options, value)
+
+
+class ProgressBar:
+    """A bar on a terminal, nothing elsewhere; use as a context."""
+
+    def __init__(self, total: int, unit: str, first: int = 0, label: str = ""):
+        self._arguments = dict(total=total, unit=unit, initial=first, desc=label or None, leave=False, unit_scale=True)
+
+    def __enter__(self):
+        from tqdm import tqdm
+
+        self._bar = tqdm(**self._arguments, disable=not sys.stderr.isatty(), dynamic_ncols=True, mininterval=0.5)
+        return self._bar
+
+    def __exit__(self, *_):
+        self._bar.close()

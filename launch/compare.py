@@ -1,0 +1,87 @@
+"""Trains, scores and compares models: python -m launch.compare --configs=configs/compare/rnn.py,my.py --workdir=runs/mine
+
+Each config gets a folder of its own in the workdir; what is finished is not done again, what was interrupted goes on. Then all
+are scored on valid and test under one protocol, and report.md, report.json and plots are written to the workdir. With --workdirs
+runs that are finished already are compared instead.
+"""
+
+import pathlib
+
+from absl import flags
+
+from launch import command
+from lm.errors import UserError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("configs", None, "config files, separated by commas; overrides hold for all of them")
+flags.DEFINE_list("workdirs", None, "folders of trained runs, separated by commas, instead of --configs")
+flags.DEFINE_string("workdir", None, "the folder for the runs and the report")
+flags.DEFINE_integer("position_context", 256, "window, in tokens of valid, for the plot of loss by position")
+
+
+def main(overrides):
+    if bool(FLAGS.configs) == bool(FLAGS.workdirs):
+        raise UserError("give either --configs (to train and compare) or --workdirs (to compare trained runs)")
+    if not FLAGS.workdir:
+        raise UserError("--workdir is missing: give a folder for the report, such as --workdir=runs/mine")
+    if FLAGS.position_context < 1:
+        raise UserError(f"--position_context={FLAGS.position_context} must be at least 1")
+    drafts = {}
+    if FLAGS.configs:
+        drafts = {name: command.load_config(path, overrides) for name, path in _named(FLAGS.configs, "--configs").items()}
+        folders = {name: pathlib.Path(FLAGS.workdir) / name for name in drafts}
+    else:
+        if overrides:
+            raise UserError(
+                f"{overrides[0].split('=')[0]} is set, but trained runs have configs of their own; it goes with --configs"
+            )
+        folders = {name: pathlib.Path(path) for name, path in _named(FLAGS.workdirs, "--workdirs").items()}
+    from launch import console
+    from lm import parallel
+    from lm.evaluation.evaluate import evaluate_run
+    from lm.reporting.report import compare, write_report
+    from lm.runs.open import open_run
+    from lm.training.train import train
+
+    parallel.start()
+    for number, (name, folder) in enumerate(folders.items(), 1):
+        label = f"[{number}/{len(folders)}] {name}"
+        if name in drafts:
+            listener = console.Console(label)
+            try:
+                train(drafts[name], str(folder), listener)
+            finally:
+                listener.close()
+        run = open_run(str(folder))
+        scores = {split: evaluate_run(run, split)["perplexity"] for split in ("valid", "test")}
+        print(f"{label}: perplexity valid {scores['valid']:.2f}, test {scores['test']:.2f}", flush=True)
+    variant = _score_by_position(folders, open_run, evaluate_run)
+    report = write_report(folders, FLAGS.workdir, variant)
+    found = compare(folders)
+    print(f"\n{found.table.text()}\n\n{found.summary}\n\nreport with plots: {report}")
+    return {"report": str(report), "best": found.best, "summary": found.summary}
+
+
+def _named(paths, flag):
+    """Short names for the rows: the file's or folder's own name, with its parent's where two are alike."""
+    named = {pathlib.Path(path.split(":")[0]).stem: path for path in paths}
+    if len(named) < len(paths):
+        named = {"-".join(pathlib.Path(path.split(":")[0]).with_suffix("").parts[-2:]): path for path in paths}
+    if len(named) < len(paths):
+        raise UserError(f"{flag} names the same thing twice: {', '.join(paths)}")
+    return named
+
+
+def _score_by_position(folders, open_run, evaluate_run):
+    """Scores valid in windows that each start empty, for the models that can take them; None if none can."""
+    context, variant = FLAGS.position_context, None
+    for folder in folders.values():
+        run = open_run(str(folder))
+        if (run.config.model.max_positions or context) < context:
+            continue
+        variant = evaluate_run(run, "valid", context=context, stride=context)["name"]
+    return variant
+
+
+if __name__ == "__main__":
+    command.run(main, __doc__, takes_config=True)

@@ -1,0 +1,60 @@
+"""Trains one model: python -m launch.train --config=configs/compare/lstm.py --workdir=runs/lstm
+
+Run the same command again after any interruption and it goes on from the last checkpoint. The workdir keeps the config, the
+tokenizer, metrics.jsonl, TensorBoard events and the best and latest checkpoints. Score the result with launch.evaluate.
+"""
+
+import dataclasses
+import math
+
+from absl import flags
+
+from launch import command
+from lm.errors import UserError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string(
+    "config", None, "a config file, such as configs/compare/lstm.py; `:runlocal=1` behind it makes a trial of seconds"
+)
+flags.DEFINE_string("workdir", None, "the run's folder; made if need be")
+flags.DEFINE_boolean("dry_run", False, "print the parameters and what would happen, and do nothing")
+
+
+def main(overrides):
+    if not FLAGS.config:
+        raise UserError(f"--config is missing: give one of {', '.join(command.known_configs())}, or a file of your own")
+    if not FLAGS.workdir and not FLAGS.dry_run:
+        raise UserError("--workdir is missing: give a folder for the run, such as --workdir=runs/first")
+    draft = command.load_config(FLAGS.config, overrides)
+    from launch import console
+    from lm import parallel
+    from lm.training.train import prepare, train
+
+    parallel.start()
+    if FLAGS.dry_run:
+        experiment = prepare(draft)
+        settings = experiment.config
+        if settings.model.architecture != "ngram":
+            placement = parallel.Placement(settings.num_devices)
+            placement.check_rows(settings.data.batch_size, settings.training.num_micro_batches)
+            print(console.parameter_table(experiment))
+            print(f"\non {placement.num_devices} device(s): {placement.devices[0].device_kind}")
+        print(f"would train {console.describe(experiment)}")
+        return {"config": FLAGS.config, **experiment.facts}
+    listener = console.Console()
+    try:
+        result = train(draft, FLAGS.workdir, listener)
+    finally:
+        listener.close()
+    quick = (
+        f"best valid perplexity {math.exp(result.best_loss):.2f} (quick look) at step {result.best_step:,}; "
+        if math.isfinite(result.best_loss)
+        else ""
+    )
+    print(f"trained {result.tokens:,} tokens in {result.seconds:.0f} s; {quick}{FLAGS.workdir}")
+    print(f"next: python -m launch.evaluate --workdir={FLAGS.workdir} --split=test")
+    return {"workdir": FLAGS.workdir, **dataclasses.asdict(result)}
+
+
+if __name__ == "__main__":
+    command.run(main, __doc__, takes_config=True)

@@ -1,0 +1,172 @@
+"""Batches as pure functions of (seed, step, rows): contiguous streams and shuffled windows, and their way to the device."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from flax import struct
+
+from lm.config import Config
+from lm.data.corpus import Corpus
+from lm.errors import UserError
+
+
+@struct.dataclass
+class Batch:
+    """One step's rows. Meaning is global; a host or device holds some of the rows.
+
+    Attributes:
+      inputs_BT, targets_BT: int32; the target is the token after the input.
+      loss_weights_BT: float32; what counts in the loss, and nothing else.
+      segments_BT: int32, 0 for padding, equal numbers may see each other; None: everything is valid (static).
+      reset_B: bool; empty this row's carry first.
+      rows_B: int32, global row numbers, which key dropout.
+    """
+
+    inputs_BT: Any
+    targets_BT: Any
+    loss_weights_BT: Any
+    segments_BT: Any
+    reset_B: Any
+    rows_B: Any
+
+
+class BatchSource(Protocol):
+    """Attributes: `shapes`, every (B, T) that occurs, one compilation each; `carries`, whether state goes from step to step."""
+
+    shapes: tuple[tuple[int, int], ...]
+    carries: bool
+
+    def epoch(self, step: int) -> int:
+        """Number of the epoch, from 0, that a step's first row belongs to."""
+
+    def batch(self, step: int, rows: slice) -> Batch:
+        """The given rows of a step's batch, in NumPy; pure."""
+
+
+class _Source:
+    def __init__(self, corpus: Corpus, batch_size: int, seq_len: int, seed: int):
+        self.tokens, self.eos, self.seed = corpus.tokens, corpus.eos, seed
+        self.batch_size, self.seq_len = batch_size, seq_len
+        self.shapes = ((batch_size, seq_len),)
+        if len(corpus.tokens) < batch_size * seq_len:
+            raise UserError(
+                f"{corpus.name} holds {len(corpus.tokens)} tokens, fewer than one batch of config.data.batch_size {batch_size} × "
+                f"config.data.seq_len {seq_len} = {batch_size * seq_len}; make one of them smaller"
+            )
+
+    def _batch(self, starts, rows, reset):
+        """Rows that predict `tokens[start : start + seq_len]`, each token from the one before it, the first from `eos`."""
+        targets = np.stack([self.tokens[s : s + self.seq_len] for s in starts]).astype(np.int32)
+        first = np.array([self.tokens[s - 1] if s else self.eos for s in starts], np.int32)
+        return Batch(
+            inputs_BT=np.concatenate([first[:, None], targets[:, :-1]], axis=1),
+            targets_BT=targets,
+            loss_weights_BT=np.ones(targets.shape, np.float32),
+            segments_BT=None,
+            reset_B=np.full(len(starts), reset),
+            rows_B=np.asarray(rows, np.int32),
+        )
+
+
+class Stream(_Source):
+    """Contiguous rows: row r reads the r-th of `batch_size` equal stretches of the corpus, `seq_len` tokens a step.
+
+    The carry goes from step to step and is emptied where an epoch begins. The tokens that fill no whole row, and those
+    that fill no whole step, are left out of training (never of evaluation).
+    """
+
+    carries = True
+
+    def __init__(self, corpus, batch_size, seq_len, seed):
+        super().__init__(corpus, batch_size, seq_len, seed)
+        self.row_length = len(corpus.tokens) // batch_size
+        self.steps_per_epoch = self.row_length // seq_len
+
+    def epoch(self, step):
+        return step // self.steps_per_epoch
+
+    def batch(self, step, rows):
+        within = step % self.steps_per_epoch
+        rows = range(self.batch_size)[rows]
+        return self._batch([row * self.row_length + within * self.seq_len for row in rows], rows, reset=within == 0)
+
+
+class Windows(_Source):
+    """Shuffled windows of `seq_len` tokens, every one once an epoch, in an order of its own each epoch.
+
+    Example `i = step * batch_size + row` is window `permutation_epoch(i % n)` of epoch `i // n`; the permutation is a
+    function (grain's index_shuffle), so any step is reached at once and nothing is stored.
+    """
+
+    carries = False
+
+    def __init__(self, corpus, batch_size, seq_len, seed):
+        super().__init__(corpus, batch_size, seq_len, seed)
+        self.num_windows = len(corpus.tokens) // seq_len
+        self.steps_per_epoch = self.num_windows / batch_size
+
+    def epoch(self, step):
+        return step * self.batch_size // self.num_windows
+
+    def batch(self, step, rows):
+        from grain.experimental import index_shuffle
+
+        rows = range(self.batch_size)[rows]
+        starts = []
+        for row in rows:
+            epoch, index = divmod(step * self.batch_size + row, self.num_windows)
+            seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
+            window = index_shuffle(index, max_index=self.num_windows - 1, seed=seed, rounds=4) if self.num_windows > 1 else 0
+            starts.append(window * self.seq_len)
+        return self._batch(starts, rows, reset=True)
+
+
+def batches(config: Config, corpus: Corpus) -> BatchSource:
+    """The configured source of training batches over a corpus."""
+    kind = {"stream": Stream, "windows": Windows}[config.data.order]
+    return kind(corpus, config.data.batch_size, config.data.seq_len, config.seed)
+
+
+def prefetch(make: Callable[[int], Any], first: int, last: int, depth: int) -> Iterator[Any]:
+    """Yields `make(step)` for first <= step < last, made ahead in a thread.
+
+    Args:
+      make: step -> batch, already on the device.
+      depth: batches to hold ready; 0 makes each when it is asked for.
+    """
+    if depth == 0:
+        yield from map(make, range(first, last))
+        return
+    ready: queue.Queue = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item):
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work():
+        try:
+            for step in range(first, last):
+                if stop.is_set():
+                    return
+                put((make(step), None))
+        except BaseException as error:
+            put((None, error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        for _ in range(first, last):
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+        thread.join()

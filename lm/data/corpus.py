@@ -1,0 +1,139 @@
+"""A tokenised split: made once, kept in a cache on disk keyed by its content, and read through memory mapping."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+
+import numpy as np
+
+from lm.config import DataConfig
+from lm.data import sources, tokenizers
+from lm.errors import UserError
+from lm.files import sha256_of
+
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The tokens of one split, in corpus order.
+
+    Attributes:
+      name: what a message calls the split.
+      tokens: int [N], memory-mapped.
+      size: bytes, words and hash of the original text.
+      vocab_size, eos: those of the tokenizer.
+    """
+
+    name: str
+    tokens: np.ndarray
+    size: sources.TextSize
+    vocab_size: int
+    eos: int
+
+    def __post_init__(self):
+        if not len(self.tokens):
+            raise UserError(f"{self.name} holds no text")
+        check_ids(self.tokens, self.vocab_size, self.name)
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int, name: str) -> None:
+    """Raises a UserError for a token id outside the vocabulary (an accelerator would silently clamp it)."""
+    for start in range(0, len(tokens), 1 << 24):
+        piece = tokens[start : start + (1 << 24)]
+        worst = int(piece.max()) if int(piece.max()) >= vocab_size else int(piece.min())
+        if not 0 <= worst < vocab_size:
+            raise UserError(
+                f"{name} holds token id {worst}, but the vocabulary ends at {vocab_size - 1}; its tokenizer is another one"
+            )
+
+
+def cache_dir(data: DataConfig) -> pathlib.Path:
+    """The folder of the token cache, made if need be.
+
+    Raises:
+      UserError: a folder that cannot be written.
+    """
+    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lm"
+    folder = pathlib.Path(data.cache_dir) if data.cache_dir else default
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the token cache {folder} cannot be written ({error.strerror}); set config.data.cache_dir to a folder that can"
+        ) from None
+    return folder
+
+
+def tokenise(split: sources.Split, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path) -> Corpus:
+    """The split's tokens, from the cache if a sound copy is there, else made in one pass with constant memory.
+
+    Each document of a closed split ends in one `eos`. With a tokenizer whose lines end in `eos`, every line does instead,
+    the last one also where its newline is missing.
+    """
+    key = hashlib.sha256(
+        json.dumps([_FORMAT, split.size.sha256, split.closed, tokenizers.sha256(tokenizer)]).encode()
+    ).hexdigest()[:24]
+    folder = cache / f"tokens-{key}"
+    tokens = _open(folder)
+    if tokens is None:
+        _make(split, tokenizer, folder)
+        tokens = _open(folder)
+    if tokens is None:
+        raise UserError(f"the token cache {folder} cannot be read back; remove it, or check the disk")
+    return Corpus(split.name, tokens, split.size, tokenizer.vocab_size, tokenizer.eos)
+
+
+def _open(folder):
+    """The memory-mapped tokens, or None where there are none or they are damaged."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        path = folder / "tokens.bin"
+        if sha256_of(path) != manifest["sha256"]:
+            return None
+        return np.memmap(path, manifest["dtype"], "r") if manifest["tokens"] else np.zeros(0, manifest["dtype"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _make(split, tokenizer, folder):
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+    try:
+        temporary = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            digest, count = hashlib.sha256(), 0
+            with (temporary / "tokens.bin").open("wb") as file:
+                for ids in _ids(split, tokenizer):
+                    count += len(ids)
+                    piece = ids.astype(dtype).tobytes()
+                    digest.update(piece)
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            manifest = {"tokens": count, "dtype": dtype.name, "sha256": digest.hexdigest(), "text": split.name}
+            (temporary / "manifest.json").write_text(json.dumps(manifest))
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged copy, or one that another process has just finished
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        if not folder.exists():
+            raise UserError(f"the token cache {folder.parent} cannot be written: {error.strerror}") from None
+
+
+def _ids(split, tokenizer):
+    for document in split.documents():
+        yield from tokenizer.encode_lines(_with_final_newline(document) if tokenizer.ends_lines else document)
+        if split.closed and not tokenizer.ends_lines:
+            yield np.array([tokenizer.eos], np.int32)
+
+
+def _with_final_newline(lines):
+    for line in lines:
+        yield line if line.endswith("\n") else line + "\n"

@@ -1,0 +1,1 @@
+"""Scoring whole texts under one protocol, and sampling from finished runs."""

@@ -1,0 +1,171 @@
+"""Evaluating a finished run: which text, under which protocol, and the files that keep the figure with its protocol."""
+
+import io
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lm.config import replaced
+from lm.data import corpus, sources, tokenizers
+from lm.data.corpus import Corpus
+from lm.errors import UserError
+from lm.evaluation.perplexity import Layout, figures, token_losses
+from lm.evaluation.scorers import NgramScorer, Scorer, neural_scorer
+from lm.files import read_json, write_json
+from lm.models.ngram import Ngram
+from lm.parallel import Placement
+from lm.runs.open import Run
+
+_SPLIT_OF_TEXT = "text"
+
+
+def evaluate_run(
+    run: Run,
+    split: str = "test",
+    text: str | None = None,
+    data_path: str | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    progress: Callable[[int, int], Any] = lambda scored, total: None,
+) -> dict[str, Any]:
+    """Scores a split, or any text, and writes `evaluation/<name>.json` and `.npz`.
+
+    The figure that a run's config asks for is stored under the split's name; another checkpoint than the best, another
+    context or another text under a name that says so. A figure that is already stored for the same checkpoint, text and
+    protocol is returned as it is: test is scored once.
+
+    Args:
+      run: opened at the checkpoint to be scored.
+      split: "train", "valid" or "test".
+      text: a file to score instead of a split.
+      data_path: where the corpus stands now, if it has moved.
+      context, stride: windows instead of what the config says; stride defaults to context // 4.
+      progress: called with the tokens scored since the last call, and the tokens in all.
+
+    Returns:
+      What the JSON file holds; `stored` says whether it had been scored before.
+
+    Raises:
+      UserError: an unknown split, text that cannot be read, or a context that the model cannot take.
+    """
+    name, layout = _name_and_layout(run, split, text, context, stride)
+    if run.config.model.architecture == "transformer" and layout.context is None:
+        run.model.initial_carry(1)  # raises its sentence before any text is read
+    found = _corpus(run, split, text, data_path)
+    path = run.folder.evaluation / f"{name}.json"
+    scorer, layout = _scorer(run, layout)
+    wanted = _protocol(run, split if text is None else _SPLIT_OF_TEXT, found, layout, scorer)
+    earlier = read_json(path, "") if path.exists() else None
+    if (
+        earlier
+        and all(earlier.get(field) == value for field, value in wanted.items() if field != "checkpoint")
+        and (earlier["checkpoint"]["step"] == run.step)
+    ):
+        return {**earlier, "name": name, "stored": True}
+
+    started = time.perf_counter()
+    nll_N = token_losses(scorer, found, layout, lambda scored: progress(scored, len(found.tokens)))
+    seconds = time.perf_counter() - started
+    result = {
+        **figures(nll_N, found.size.num_bytes, found.size.num_words),
+        **wanted,
+        "seconds": round(seconds, 3),
+        "times_scored": 1 + (earlier or {}).get("times_scored", 0),
+    }
+    _write_scores(path.with_suffix(".npz"), np.asarray(found.tokens, np.int32), nll_N)
+    write_json(path, result)
+    return {**result, "name": name, "stored": False}
+
+
+def _name_and_layout(run, split, text, context, stride):
+    if split not in sources.SPLITS:
+        raise UserError(f"--split={split} is not a split; there are {', '.join(sources.SPLITS)}")
+    settings = run.config.evaluation
+    if stride is not None and context is None:
+        raise UserError("--stride is set without --context; give the length of the windows too")
+    if context is not None:
+        stride = max(1, context // 4) if stride is None else stride
+        if not 1 <= stride <= context:
+            raise UserError(f"--stride={stride} must be at least 1 and at most --context={context}, or tokens would be left out")
+    name = split if text is None else f"text-{re.sub(r'[^A-Za-z0-9_.-]+', '-', pathlib.Path(text).name)}"
+    if run.which != "best":
+        name += f".step-{run.step}"
+    if context is None or (context, stride) == (settings.context, settings.stride):
+        return name, Layout(settings.context, settings.stride, settings.rows if settings.context else 1)
+    return f"{name}.context-{context}-stride-{stride}", Layout(context, stride, settings.rows)
+
+
+def _corpus(run, split, text, data_path) -> Corpus:
+    data = run.config.data
+    if text is None:
+        if data_path is not None:
+            if data.source != "text":
+                raise UserError(f"--data_path is set, but this run's source is {data.source!r}, which has no path")
+            data = replaced(run.config, "data", path=data_path).data
+        found = sources.load(data)[split]
+        trained_on = run.facts.get("splits", {}).get(split)
+        if trained_on is not None and trained_on != found.size.sha256:
+            raise UserError(
+                f"the {split} text of {found.name} is not the one this run was made for (sha256 {found.size.sha256[:12]} now, "
+                f"{trained_on[:12]} then); "
+                + (
+                    "the built-in corpus differs between Python versions: use the Python of environment.json, or score it with --text"
+                    if data.source == "python_docs"
+                    else "give the right --data_path, or score it with --text"
+                )
+            )
+    else:
+        if not pathlib.Path(text).is_file():
+            raise UserError(f"--text={text} is not a file; give a text file in UTF-8, or its .gz")
+        found = sources.text_file(pathlib.Path(text))
+    return corpus.tokenise(found, run.tokenizer, corpus.cache_dir(data))
+
+
+def _scorer(run, layout) -> tuple[Scorer, Layout]:
+    if isinstance(run.model, Ngram):
+        return NgramScorer(run.model, run.model.prepare(run.params)), layout
+    placement = Placement(run.config.num_devices if layout.context else 1)
+    rows = -(-layout.rows // placement.num_devices) * placement.num_devices
+    params = placement.put_state(run.params)
+    return neural_scorer(run.model, placement)(params), Layout(layout.context, layout.stride, rows)
+
+
+def _protocol(run, split, found, layout, scorer):
+    """All that a figure depends on (PROTOCOL: it travels with the number)."""
+    return {
+        "split": split,
+        "text": found.name,
+        "tokens": len(found.tokens),
+        "bytes": found.size.num_bytes,
+        "words": found.size.num_words,
+        "text_sha256": found.size.sha256,
+        "tokenizer": {
+            "name": run.tokenizer.name,
+            "sha256": tokenizers.sha256(run.tokenizer),
+            "vocab_size": run.tokenizer.vocab_size,
+        },
+        "protocol": {
+            "context": layout.context,
+            "stride": layout.stride,
+            "precision": scorer.precision,
+            "adaptation": None,
+        },
+        "checkpoint": {"step": run.step, "which": run.which},
+    }
+
+
+def _write_scores(path, targets, nll):
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, targets=targets, nll=nll)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_bytes(buffer.getvalue())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None

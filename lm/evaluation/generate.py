@@ -1,0 +1,109 @@
+"""Sampling text from a finished run through the model's carry: the prompt once, then one token a step in one compiled loop."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.data.tokenizers import encode
+from lm.errors import UserError
+from lm.models.language_model import LanguageModel
+from lm.models.ngram import Ngram
+from lm.runs.open import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the logits.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: draw among the k likeliest tokens only; None: all.
+      top_p: draw among the likeliest tokens whose probabilities first add up to p (Holtzman et al. 2020, arXiv:1904.09751).
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def check(self, vocab_size: int) -> None:
+        """Raises a UserError for a value that means nothing."""
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature={self.temperature} must be 0 (the likeliest token) or more")
+        if self.top_k is not None and not 1 <= self.top_k <= vocab_size:
+            raise UserError(f"--top_k={self.top_k} must be at least 1 and at most the vocabulary's {vocab_size}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p={self.top_p} must be above 0 and at most 1")
+
+
+def draw(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """One token id for each row, int32 [B]."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k is not None:
+        smallest = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < smallest, -jnp.inf, logits_BV)
+    if sampling.top_p is not None:
+        falling_BV = -jnp.sort(-logits_BV, axis=-1)
+        probabilities = jax.nn.softmax(falling_BV)
+        needed_BV = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
+        smallest = jnp.min(jnp.where(needed_BV, falling_BV, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < smallest, -jnp.inf, logits_BV)
+    return jax.random.categorical(key, logits_BV).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "num_tokens", "sampling"))
+def sample_tokens(model: LanguageModel, params, prompt_BT, num_tokens: int, sampling: Sampling, key) -> jax.Array:
+    """Continues prompts, int32 [B, num_tokens].
+
+    Args:
+      prompt_BT: int32, what stands before, `eos` first.
+      key: of the draws.
+    """
+    batch_size, length = prompt_BT.shape
+    carry = model.initial_carry(batch_size, length + num_tokens - 1)
+
+    def logits_after(inputs_BT, carry):
+        hidden_BTD, carry = model.apply({"params": params}, inputs_BT, carry)
+        return model.apply({"params": params}, hidden_BTD[:, -1:], method="logits")[:, 0], carry
+
+    def step(state, key):
+        logits_BV, carry = state
+        token_B = draw(logits_BV, key, sampling)
+        return logits_after(token_B[:, None], carry), token_B
+
+    # The last token needs no further look at the model, so it is drawn after the loop.
+    keys = jax.random.split(key, num_tokens)
+    (logits_BV, _), tokens_TB = jax.lax.scan(step, logits_after(prompt_BT, carry), keys[:-1])
+    return jnp.concatenate([tokens_TB.T, draw(logits_BV, keys[-1], sampling)[:, None]], axis=1)
+
+
+def generate(
+    run: Run, prompt: str = "", num_tokens: int = 200, num_samples: int = 1, sampling: Sampling | None = None, seed: int = 0
+) -> list[str]:
+    """Texts that continue a prompt (without it), each ended by the first end of a document.
+
+    Raises:
+      UserError: a prompt with symbols that the run's tokenizer does not know, values that mean nothing, or an n-gram.
+    """
+    sampling = sampling or Sampling()
+    if isinstance(run.model, Ngram):
+        raise UserError(f"{run.folder.path} is an n-gram model, which only scores text; generate with a neural run")
+    for name, value in (("num_tokens", num_tokens), ("num_samples", num_samples)):
+        if value < 1:
+            raise UserError(f"--{name}={value} must be at least 1")
+    sampling.check(run.tokenizer.vocab_size)
+    ids = encode(run.tokenizer, prompt, strict=True)
+    prompt_BT = np.tile(np.concatenate([[run.tokenizer.eos], ids]).astype(np.int32), (num_samples, 1))
+    tokens_BT = np.asarray(sample_tokens(run.model, run.params, prompt_BT, num_tokens, sampling, jax.random.key(seed)))
+    return [run.tokenizer.decode(_document(tokens, run.tokenizer)) for tokens in tokens_BT]
+
+
+def _document(tokens, tokenizer):
+    if tokenizer.ends_lines:
+        return tokens
+    ends = np.flatnonzero(tokens == tokenizer.eos)
+    return tokens[: ends[0]] if len(ends) else tokens

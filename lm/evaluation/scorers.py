@@ -1,0 +1,94 @@
+"""Scorers: what perplexity needs of a model, for neural models and for n-grams alike."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from lm.data.batches import Batch
+from lm.models.language_model import LanguageModel
+from lm.models.ngram import Ngram, Tables
+from lm.objectives import reset_rows
+from lm.parallel import Placement
+
+
+class Scorer(Protocol):
+    """Scores segments in order; what it remembers of a row is its own affair.
+
+    Attributes:
+      precision: what a stored figure says about its arithmetic.
+    """
+
+    precision: str
+
+    def start(self, num_rows: int) -> Any:
+        """The memory before the first segment."""
+
+    def score(self, memory: Any, batch: Batch) -> tuple[np.ndarray, Any]:
+        """Negative log likelihoods nll_BT (nats) of a segment's targets, and the memory after it.
+
+        Memory None means: every row starts empty, and None is returned.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuralScorer:
+    """A neural model on its devices; made by `neural_scorer`."""
+
+    params: Any
+    model: LanguageModel
+    placement: Placement
+    compiled: Callable
+    precision: str
+
+    def start(self, num_rows):
+        return self.placement.put_rows(jax.device_get(self.model.initial_carry(num_rows)))
+
+    def score(self, memory, batch):
+        nll_BT, memory = self.compiled(self.params, memory, self.placement.put_rows(batch))
+        return self.placement.get_rows(nll_BT), memory
+
+
+def neural_scorer(model: LanguageModel, placement: Placement) -> Callable[[Any], NeuralScorer]:
+    """Compiles scoring once; returns a function from placed parameters to their scorer.
+
+    In float32 the matmuls are computed at the highest precision, also where an accelerator would round their inputs.
+    """
+    precision = str(np.dtype(model.embedding.dtype))
+
+    def score(params, memory, batch):
+        with jax.default_matmul_precision("highest" if precision == "float32" else "default"):
+            memory = reset_rows(memory, batch.reset_B)
+            hidden_BTD, memory = model.apply({"params": params}, batch.inputs_BT, memory, segments_BT=batch.segments_BT)
+            scores = model.apply({"params": params}, hidden_BTD, batch.targets_BT, method="score")
+        return -scores.log_prob_BT, memory
+
+    compiled = placement.compile(score)
+    return lambda params: NeuralScorer(params, model, placement, compiled, precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class NgramScorer:
+    """An n-gram; its memory is the last order - 1 tokens of each row, -1 where there is none."""
+
+    model: Ngram
+    tables: Tables
+    precision: str = "float64"
+
+    def start(self, num_rows):
+        return np.full((num_rows, max(self.model.order - 2, 0)), -1, np.int64)
+
+    def score(self, memory, batch):
+        num_rows, length = batch.inputs_BT.shape
+        before = self.start(num_rows) if memory is None else np.where(batch.reset_B[:, None], -1, memory)
+        # inputs_BT[:, t] is the last token of the history of target t, so order - 2 tokens before it complete the history
+        tokens = np.concatenate([before, batch.inputs_BT], axis=1)
+        width = self.model.order - 1
+        history = (
+            np.lib.stride_tricks.sliding_window_view(tokens, width, axis=1) if width else np.zeros((num_rows, length, 0), int)
+        )
+        log_probs = self.model.log_probs(self.tables, history.reshape(-1, width), batch.targets_BT.reshape(-1))
+        after = None if memory is None else tokens[:, tokens.shape[1] - before.shape[1] :]
+        return -log_probs.reshape(num_rows, length), after

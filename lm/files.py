@@ -1,0 +1,60 @@
+"""Files that are there whole or not at all."""
+
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+from lm.errors import UserError
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes UTF-8 text so that a reader sees the old file or the new one, never a part, also after a crash.
+
+    Raises:
+      UserError: the folder cannot be written or the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def sha256_of(path: pathlib.Path) -> str:
+    """Hash of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: pathlib.Path, missing: str) -> dict[str, Any]:
+    """A JSON file.
+
+    Raises:
+      UserError: with the sentence `missing` where there is no such file; naming the file where it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(missing) from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file for people and programs, atomically."""
+    write_atomically(path, json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""Architectures as flax.linen modules, and the n-gram."""

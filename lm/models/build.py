@@ -1,0 +1,152 @@
+"""Config -> model: the only place that chooses an architecture by name, solves widths from a budget and tells roles by path."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lm.config import RECURRENT, Config, default_mlp_dim, replaced
+from lm.errors import UserError
+from lm.models.language_model import LanguageModel
+from lm.models.layers import Embedding, initializer
+from lm.models.ngram import Ngram
+from lm.models.output import OutputLayer
+from lm.models.recurrent import RecurrentStack
+from lm.models.transformer import TransformerStack
+
+
+def build(config: Config, vocab_size: int) -> LanguageModel | Ngram:
+    """The model of a resolved config whose widths are solved.
+
+    Args:
+      config: as `solve_widths` returns it.
+      vocab_size: V, known once the tokenizer is.
+    """
+    model = config.model
+    if model.architecture == "ngram":
+        return Ngram(order=model.ngram_order, vocab_size=vocab_size)
+    dtype = jnp.dtype(config.compute_dtype)
+    embedding_init = initializer(model.embedding_init, model.init_scale)
+    stack, embed_dim, multiplier = (_recurrent if model.architecture in RECURRENT else _transformer)(model, dtype)
+    return LanguageModel(
+        embedding=Embedding(vocab_size, embed_dim, embedding_init, model.word_dropout_rate, multiplier, dtype),
+        stack=stack,
+        output=OutputLayer(vocab_size, model.tie_embeddings, embedding_init, dtype),
+    )
+
+
+def _recurrent(model, dtype):
+    layer_dims = model.layer_dims or (model.hidden_dim,) * model.num_layers
+    stack = RecurrentStack(
+        name_of_cell=model.architecture,
+        layer_dims=layer_dims,
+        kernel_init=initializer(model.kernel_init, model.init_scale),
+        recurrent_init=initializer(model.recurrent_init, model.init_scale),
+        activation=model.activation,
+        embedding_dropout_rate=model.embedding_dropout_rate,
+        dropout_rate=model.dropout_rate,
+        output_dropout_rate=model.output_dropout_rate,
+        weight_drop_rate=model.weight_drop_rate,
+        variational=model.variational_dropout,
+        forget_bias=model.forget_bias if model.architecture == "lstm" else 0.0,
+        dtype=dtype,
+    )
+    return stack, model.embed_dim or layer_dims[-1], 1.0
+
+
+def _transformer(model, dtype):
+    init = initializer(model.kernel_init, model.init_scale)
+    # Each block adds two branches to the residual stream; this keeps its variance at the start (Radford et al. 2019).
+    branch = 1 / math.sqrt(2 * model.num_layers)
+    stack = TransformerStack(
+        num_layers=model.num_layers,
+        model_dim=model.hidden_dim,
+        num_heads=model.num_heads,
+        mlp_dim=model.mlp_dim,
+        activation=model.activation,
+        norm=model.norm,
+        positions=model.positions,
+        kernel_init=init,
+        out_init=lambda *args: init(*args) * branch,
+        position_init=initializer(model.embedding_init, model.init_scale),
+        max_positions=model.max_positions,
+        attention_window=model.attention_window,
+        embedding_dropout_rate=model.embedding_dropout_rate,
+        dropout_rate=model.dropout_rate,
+        attention_dropout_rate=model.attention_dropout_rate,
+        dtype=dtype,
+    )
+    return stack, model.hidden_dim, math.sqrt(model.hidden_dim) if model.positions == "sinusoidal" else 1.0
+
+
+def initialise(model: LanguageModel, seed: int):
+    """Fresh float32 parameters, the same for the same seed."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return model.init(jax.random.fold_in(jax.random.key(seed), 0), tokens, method="touch_all")["params"]
+
+
+@functools.lru_cache(maxsize=256)
+def count_params(config: Config, vocab_size: int) -> int:
+    """Number of parameters, read off the model itself."""
+    shapes = jax.eval_shape(functools.partial(initialise, build(config, vocab_size), 0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def solve_widths(config: Config, vocab_size: int) -> Config:
+    """The config with `hidden_dim` (and a Transformer's `mlp_dim`) solved from `model.num_params`, where that is set.
+
+    Recurrent: the width whose count comes nearest. Transformer: the largest width whose count with the usual `mlp_dim` is
+    within the budget, in steps that give every head an even width; then `mlp_dim` takes up the rest.
+
+    Raises:
+      UserError: a budget too small for any width.
+    """
+    model = config.model
+    if model.architecture == "ngram" or model.num_params is None or model.hidden_dim is not None:
+        return config
+    budget = model.num_params
+    step = 2 * model.num_heads if model.architecture == "transformer" else 1
+
+    def with_width(multiple):
+        wide = replaced(config, "model", hidden_dim=multiple * step)
+        return replaced(wide, "model", mlp_dim=default_mlp_dim(wide.model)) if model.architecture == "transformer" else wide
+
+    def count(multiple):
+        return count_params(with_width(multiple), vocab_size)
+
+    if count(1) > budget:
+        raise UserError(
+            f"config.model.num_params is {budget}, but the narrowest {model.architecture} of {model.num_layers} layers over a "
+            f"vocabulary of {vocab_size} has {count(1)} parameters; give more, or fewer layers"
+        )
+    high = 2
+    while count(high) <= budget:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) <= budget else (low, middle)
+    if model.architecture != "transformer":
+        return with_width(min(low, high, key=lambda width: abs(count(width) - budget)))
+    solved = with_width(low)
+    mlp_dim = solved.model.mlp_dim
+    per_unit = count_params(replaced(solved, "model", mlp_dim=mlp_dim + 1), vocab_size) - count_params(solved, vocab_size)
+    return replaced(solved, "model", mlp_dim=mlp_dim + round((budget - count_params(solved, vocab_size)) / per_unit))
+
+
+def parameter_role(path: tuple[str, ...]) -> str:
+    """What a parameter is, told by its path: "embedding", "output", "norm", "bias" or "matrix".
+
+    Weight decay, freezing and other rules over parameters are rules over these.
+    """
+    scope, leaf = path[0], path[-1]
+    if leaf.endswith("bias"):
+        return "bias"
+    if scope == "embedding" or leaf == "position_table":
+        return "embedding"
+    if scope == "output":
+        return "output"
+    if any(part.endswith("norm") for part in path):
+        return "norm"
+    return "matrix"

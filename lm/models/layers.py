@@ -1,0 +1,213 @@
+"""What several architectures share: initialisers, kinds of dropout, the embedding, norms, feed-forward, positions, segments."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+Array = jax.Array
+Initializer = Callable[..., Array]
+_EPSILON = 1e-6  # of the norms
+
+
+def initializer(name: str, scale: float) -> Initializer:
+    """An initialiser by its name in the config.
+
+    Args:
+      name: one of lm.config.INITIALIZERS. Xavier: Glorot & Bengio 2010; He: He et al. 2015, arXiv:1502.01852;
+        orthogonal: Saxe et al. 2014, arXiv:1312.6120.
+      scale: half-width of "uniform", standard deviation of "normal"; the others take none.
+    """
+    if name == "uniform":
+        return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -scale, scale)
+    if name == "normal":
+        return nn.initializers.normal(scale)
+    return getattr(nn.initializers, name)()
+
+
+def gatewise(init: Initializer, num_gates: int) -> Initializer:
+    """Initialises each gate's block of a fused matrix [D, num_gates * H] as a matrix of its own."""
+
+    def init_all(key, shape, dtype=jnp.float32):
+        block = (shape[0], shape[1] // num_gates)
+        return jnp.concatenate([init(k, block, dtype) for k in jax.random.split(key, num_gates)], axis=1)
+
+    return init_all
+
+
+def keep_mask(key: Array, shape: tuple[int, ...], rate: float) -> Array:
+    """Random bool [*shape], True with probability 1 - rate, at a resolution of 2^-16.
+
+    Two entries are made of each 32 random bits: threefry is what dropout costs on a CPU.
+    """
+    size = int(np.prod(shape))
+    words = jax.random.bits(key, ((size + 1) // 2,), jnp.uint32)
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size]
+    return (halves >= round(rate * (1 << 16))).reshape(shape)
+
+
+def row_keep_mask(key: Array, rows_B: Array, shape: tuple[int, ...], rate: float, row_axis: int = 0) -> Array:
+    """`keep_mask` for every row from a key of its own, so that it depends on the global row and not on the device.
+
+    Args:
+      rows_B: int32 global row numbers.
+      shape: of one row's mask.
+      row_axis: where the rows stand in the result.
+    """
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
+    return jax.vmap(lambda k: keep_mask(k, shape, rate), out_axes=row_axis)(keys)
+
+
+class Dropout(nn.Module):
+    """Dropout with inverted scaling (Srivastava et al. 2014), its mask keyed by step, place in the model and global row.
+
+    Attributes:
+      rate: share set to zero.
+      constant_axis: an axis along which the mask stays the same: time for variational dropout (Gal & Ghahramani 2016,
+        arXiv:1512.05287); None: every entry its own.
+      row_axis: the axis of the rows.
+    """
+
+    rate: float
+    constant_axis: int | None = None
+    row_axis: int = 0
+
+    def __call__(self, x: Array, rows_B: Array | None, train: bool) -> Array:
+        if not train or not self.rate:
+            return x
+        if rows_B is None:
+            rows_B = jnp.arange(x.shape[self.row_axis])
+        shape = [1 if axis == self.constant_axis else size for axis, size in enumerate(x.shape)]
+        del shape[self.row_axis]
+        mask = row_keep_mask(self.make_rng("dropout"), rows_B, tuple(shape), self.rate, self.row_axis)
+        return jnp.where(mask, x / (1 - self.rate), jnp.zeros((), x.dtype))
+
+
+class WeightDrop(nn.Module):
+    """DropConnect on a matrix (Merity et al. 2018, arXiv:1708.02182): one mask per step, shared by all rows and time steps."""
+
+    rate: float
+
+    def __call__(self, kernel: Array, train: bool) -> Array:
+        if not train or not self.rate:
+            return kernel
+        return jnp.where(keep_mask(self.make_rng("dropout"), kernel.shape, self.rate), kernel / (1 - self.rate), 0)
+
+
+class Embedding(nn.Module):
+    """The table of token embeddings.
+
+    Attributes:
+      vocab_size, embed_dim: V and D.
+      word_dropout_rate: share of the vocabulary whose embeddings are zero for a step, in all rows (Gal & Ghahramani 2016).
+      multiplier: factor on the embedding (sqrt(D) beside sinusoidal positions, Vaswani et al. 2017).
+    """
+
+    vocab_size: int
+    embed_dim: int
+    table_init: Initializer
+    word_dropout_rate: float = 0.0
+    multiplier: float = 1.0
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.table = self.param("table", self.table_init, (self.vocab_size, self.embed_dim), jnp.float32)
+
+    def _dropped(self, train):
+        if not train or not self.word_dropout_rate:
+            return self.table
+        keep_V1 = keep_mask(self.make_rng("dropout"), (self.vocab_size, 1), self.word_dropout_rate)
+        return jnp.where(keep_V1, self.table / (1 - self.word_dropout_rate), 0)
+
+    def __call__(self, tokens_BT: Array, train: bool = False) -> Array:
+        """Embeddings [B, T, D] by look-up."""
+        return self._dropped(train)[tokens_BT].astype(self.dtype) * self.multiplier
+
+    def by_one_hot(self, tokens_BT: Array, train: bool = False) -> Array:
+        """The same as a product of one-hot rows with the table: what a look-up means, at V times the work."""
+        one_hot_BTV = jax.nn.one_hot(tokens_BT, self.vocab_size)
+        return jnp.matmul(one_hot_BTV, self._dropped(train), precision="highest").astype(self.dtype) * self.multiplier
+
+
+def norm(name: str, dtype: Any) -> nn.Module:
+    """LayerNorm (Ba et al. 2016, arXiv:1607.06450) or RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), by name."""
+    return {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}[name](epsilon=_EPSILON, dtype=dtype)
+
+
+class FeedForward(nn.Module):
+    """The position-wise layers of a Transformer block: out(gelu(in(x))), or out(silu(gate(x)) * in(x)) for SwiGLU.
+
+    GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415, exact or by tanh. SwiGLU, without biases: Shazeer 2020, arXiv:2002.05202.
+    """
+
+    mlp_dim: int
+    model_dim: int
+    activation: str
+    kernel_init: Initializer
+    out_init: Initializer
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        gated = self.activation == "swiglu"
+
+        def dense(features, init):
+            return nn.Dense(features, use_bias=not gated, kernel_init=init, dtype=self.dtype)
+
+        self.inward = dense(self.mlp_dim, self.kernel_init)
+        self.outward = dense(self.model_dim, self.out_init)
+        if gated:
+            self.gate = dense(self.mlp_dim, self.kernel_init)
+
+    def __call__(self, x_BTD: Array) -> Array:
+        inner_BTF = self.inward(x_BTD)
+        if self.activation == "swiglu":
+            return self.outward(nn.silu(self.gate(x_BTD)) * inner_BTF)
+        return self.outward(nn.gelu(inner_BTF, approximate=self.activation == "gelu_tanh"))
+
+
+_FOLD = 1024
+
+
+def angles(positions_BT: Array, width: int) -> Array:
+    """Angles [B, T, width / 2] of position p and frequency 10000^(-2j / width), exact to rounding at any position.
+
+    p * frequency in float32 would lose digits in a long stream, so whole multiples of 1024 positions are first taken
+    modulo a full turn in float64.
+    """
+    frequencies = 10_000.0 ** (-np.arange(0, width, 2) / width)
+    folded = np.remainder(_FOLD * frequencies, 2 * np.pi)
+    low, high = positions_BT % _FOLD, positions_BT // _FOLD
+    return low[..., None] * jnp.float32(frequencies) + high[..., None] * jnp.float32(folded)
+
+
+def sinusoidal(positions_BT: Array, width: int) -> Array:
+    """Sinusoidal position embeddings [B, T, width] (Vaswani et al. 2017, arXiv:1706.03762): all sines, then all cosines."""
+    turn = angles(positions_BT, width)
+    return jnp.concatenate([jnp.sin(turn), jnp.cos(turn)], axis=-1)
+
+
+def rotate(x_BTHK: Array, positions_BT: Array) -> Array:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), entry j paired with entry j + K / 2."""
+    turn = angles(positions_BT, x_BTHK.shape[-1])[:, :, None, :]
+    sine, cosine = jnp.sin(turn).astype(x_BTHK.dtype), jnp.cos(turn).astype(x_BTHK.dtype)
+    first, second = jnp.split(x_BTHK, 2, axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+
+
+def segment_runs(segments_BT: Array) -> tuple[Array, Array]:
+    """Which tokens are valid, and in which stretch of equal segment numbers each stands.
+
+    Padding (segment 0) interrupts no stretch. What was carried into a row belongs to its stretch 0.
+
+    Returns:
+      valid_BT bool, and runs_BT int32: 0 for the row's first stretch, one more at each change of number.
+    """
+    valid_BT = segments_BT > 0
+    index_T = jnp.arange(segments_BT.shape[1])
+    last_valid_BT = jax.lax.cummax(jnp.where(valid_BT, index_T, -1), axis=1)
+    before_BT = jnp.pad(last_valid_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    previous_BT = jnp.where(before_BT < 0, segments_BT, jnp.take_along_axis(segments_BT, jnp.maximum(before_BT, 0), axis=1))
+    return valid_BT, jnp.cumsum(valid_BT & (segments_BT != previous_BT), axis=1)

@@ -1,0 +1,129 @@
+"""The Transformer decoder: pre-norm blocks and their stack, whose carry is its key/value cache."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm.errors import UserError
+from lm.models.attention import Attention, empty_slots, places
+from lm.models.layers import Dropout, FeedForward, Initializer, norm, sinusoidal
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)) (pre-norm: Xiong et al. 2020, arXiv:2002.04745)."""
+
+    attention: nn.Module
+    feed_forward: nn.Module
+    norm: str
+    dropout_rate: float
+    dtype: Any
+
+    def setup(self):
+        self.attention_norm, self.feed_forward_norm = norm(self.norm, self.dtype), norm(self.norm, self.dtype)
+        self.attention_dropout, self.feed_forward_dropout = Dropout(self.dropout_rate), Dropout(self.dropout_rate)
+
+    def __call__(self, x_BTD, where, cache, *, rows_B, train):
+        mixed, cache = self.attention(self.attention_norm(x_BTD), where, cache, rows_B=rows_B, train=train)
+        x_BTD = x_BTD + self.attention_dropout(mixed, rows_B, train)
+        inner = self.feed_forward(self.feed_forward_norm(x_BTD))
+        return x_BTD + self.feed_forward_dropout(inner, rows_B, train), cache
+
+
+class TransformerStack(nn.Module):
+    """Positions, blocks and a last norm.
+
+    Attributes:
+      num_layers, model_dim, num_heads, mlp_dim: L, D, H and F.
+      activation: of the feed-forward layers.
+      norm: "layer_norm" or "rms_norm".
+      positions: "learned" (a table of max_positions rows), "sinusoidal" or "rotary".
+      attention_window: positions a token sees, itself included; None: all of its text.
+      embedding_dropout_rate, dropout_rate, attention_dropout_rate: on the embeddings, on each residual branch, on the weights.
+    """
+
+    num_layers: int
+    model_dim: int
+    num_heads: int
+    mlp_dim: int
+    activation: str
+    norm: str
+    positions: str
+    kernel_init: Initializer
+    out_init: Initializer
+    position_init: Initializer
+    max_positions: int | None = None
+    attention_window: int | None = None
+    embedding_dropout_rate: float = 0.0
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        if self.positions == "learned":
+            self.position_table = self.param("position_table", self.position_init, (self.max_positions, self.model_dim))
+        self.embedding_dropout = Dropout(self.embedding_dropout_rate)
+        self.layers = [self._block(f"layer_{i}") for i in range(self.num_layers)]
+        self.last_norm = norm(self.norm, self.dtype)
+
+    def _block(self, name):
+        attention = Attention(
+            model_dim=self.model_dim,
+            num_heads=self.num_heads,
+            rotary=self.positions == "rotary",
+            kernel_init=self.kernel_init,
+            out_init=self.out_init,
+            dropout_rate=self.attention_dropout_rate,
+            dtype=self.dtype,
+            parent=None,
+        )
+        feed_forward = FeedForward(
+            mlp_dim=self.mlp_dim,
+            model_dim=self.model_dim,
+            activation=self.activation,
+            kernel_init=self.kernel_init,
+            out_init=self.out_init,
+            dtype=self.dtype,
+            parent=None,
+        )
+        return Block(attention, feed_forward, self.norm, self.dropout_rate, self.dtype, name=name)
+
+    def initial_carry(self, batch_size: int, length: int | None):
+        """An empty cache: per layer keys and values [B, slots, H, K], and which position each slot holds.
+
+        Args:
+          length: positions that will be carried in all; None: without end.
+
+        Raises:
+          UserError: a length that a table of learned positions, or a cache without a window, cannot hold.
+        """
+        if self.positions == "learned" and (length is None or length > self.max_positions):
+            raise UserError(
+                f"learned positions end at model.max_positions {self.max_positions}, so "
+                f"{'a stream without end' if length is None else f'{length} tokens'} cannot be carried; score in windows with "
+                "evaluation.context, make the text shorter, or use rotary positions"
+            )
+        if length is None and self.attention_window is None:
+            raise UserError(
+                "a Transformer without model.attention_window would carry a cache as long as the text; set it, "
+                "or score in windows with evaluation.context"
+            )
+        num_slots = min(size for size in (length, self.attention_window) if size is not None)
+        shape = (batch_size, num_slots, self.num_heads, self.model_dim // self.num_heads)
+        caches = {f"layer_{i}": (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for i in range(self.num_layers)}
+        return {"slots": empty_slots(batch_size, num_slots), **caches}
+
+    def __call__(self, x_BTD, carry=None, *, segments_BT=None, rows_B=None, train=False):
+        """Hidden states [B, T, D], and the cache after the segment (None if none was given)."""
+        where, slots = places(x_BTD.shape[:2], segments_BT, carry and carry["slots"], self.attention_window)
+        if self.positions == "learned":
+            if x_BTD.shape[1] > self.max_positions:
+                raise UserError(f"a text of {x_BTD.shape[1]} tokens is longer than model.max_positions {self.max_positions}")
+            x_BTD = x_BTD + self.position_table[where.positions_BT].astype(self.dtype)
+        elif self.positions == "sinusoidal":
+            x_BTD = x_BTD + sinusoidal(where.positions_BT, self.model_dim).astype(self.dtype)
+        hidden = self.embedding_dropout(x_BTD, rows_B, train)
+        after = {"slots": slots}
+        for layer in self.layers:
+            hidden, after[layer.name] = layer(hidden, where, carry and carry[layer.name], rows_B=rows_B, train=train)
+        return self.last_norm(hidden), None if carry is None else after

@@ -1,0 +1,1 @@
+"""Finished runs -> tables, statistics and plots; reads the files of runs, never live objects."""

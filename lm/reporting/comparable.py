@@ -1,0 +1,42 @@
+"""Whether figures of different runs may stand side by side; what is computed from them lives elsewhere."""
+
+import itertools
+from collections.abc import Sequence
+
+from lm.errors import UserError
+from lm.reporting.runs import Run
+
+
+def check_comparable(runs: Sequence[Run], evaluation: str) -> bool:
+    """Refuses to compare what was not measured on the same text in the same way.
+
+    Equal text hash, bytes, words and adaptation are always needed, and equal N as long as the tokenizers are equal.
+    What may differ (carried state or windows, precision, step) belongs in the table beside the number.
+
+    Args:
+      runs: the runs to compare.
+      evaluation: name of the evaluation, such as "test".
+
+    Returns:
+      Whether all tokenizers are equal: only then are perplexity and nats per token comparable, else bits per byte and word
+      perplexity alone.
+
+    Raises:
+      UserError: a field differs (the sentence names it, both runs and both values), or a run has no such evaluation.
+    """
+    same_tokens = True
+    for one, other in itertools.combinations(runs, 2):
+        ours, theirs = one.evaluation(evaluation), other.evaluation(evaluation)
+        same_tokenizer = ours["tokenizer"]["sha256"] == theirs["tokenizer"]["sha256"]
+        same_tokens &= same_tokenizer
+        pairs = [(field, ours[field], theirs[field]) for field in ("text_sha256", "bytes", "words")]
+        pairs.append(("adaptation", ours["protocol"]["adaptation"], theirs["protocol"]["adaptation"]))
+        if same_tokenizer:
+            pairs.append(("tokens", ours["tokens"], theirs["tokens"]))
+        for field, our_value, their_value in pairs:
+            if our_value != their_value:
+                raise UserError(
+                    f"{one.name} and {other.name} cannot be compared on {evaluation}: {field} is {our_value!r} for {one.name} "
+                    f"and {their_value!r} for {other.name}, but must be equal"
+                )
+    return same_tokens

@@ -1,0 +1,341 @@
+"""A comparison of finished runs, as values, and as report.md, report.json and plots in a folder."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shlex
+from collections.abc import Mapping
+
+import numpy as np
+
+from lm.errors import UserError
+from lm.reporting import plots
+from lm.reporting.comparable import check_comparable
+from lm.reporting.runs import Run, read_run
+from lm.reporting.statistics import (
+    NUM_RESAMPLES,
+    Interval,
+    default_block_length,
+    loss_by_position,
+    paired_block_bootstrap,
+)
+from lm.reporting.table import MISSING, Table, comparison_table, escaped, figures, perplexity_decimals, result, scored_context
+
+_PLOTS = ("learning_curves", "perplexity", "bits_per_byte", "loss_by_position")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What the finished runs say beside each other."""
+
+    runs: tuple[Run, ...]
+    measure: str  # "perplexity", or "bits_per_byte" where the tokenizers differ
+    best: str  # name of the run with the lowest test result
+    summary: str
+    table: Table
+    differences: dict[str, Interval]  # name -> nats per token above the best; empty where the tokenizers differ
+
+
+def compare(workdirs: Mapping[str, str | pathlib.Path]) -> Comparison:
+    """Reads finished runs and compares them on test.
+
+    Args:
+      workdirs: name -> folder, in the order of the table.
+
+    Returns:
+      Table, pairwise differences against the best (paired block bootstrap) and a summary made from them.
+
+    Raises:
+      UserError: a folder is no evaluated run, the runs are not comparable, or none has a finite result.
+    """
+    if not workdirs:
+        raise UserError("there is nothing to compare: give at least one finished run")
+    runs = tuple(read_run(path, name) for name, path in workdirs.items())
+    table = comparison_table(runs)
+    same_tokens = check_comparable(runs, "test")
+    measure = "perplexity" if same_tokens else "bits_per_byte"
+    ranked = sorted((run for run in runs if math.isfinite(_test(run, measure))), key=lambda run: _test(run, measure))
+    if not ranked:
+        raise UserError(f"no run has a finite test {measure}: {', '.join(run.name for run in runs)} have all diverged")
+    differences = _differences(ranked) if same_tokens else {}
+    return Comparison(runs, measure, ranked[0].name, _summary(ranked, measure, differences), table, differences)
+
+
+def write_report(
+    workdirs: Mapping[str, str | pathlib.Path], out: str | pathlib.Path, position_variant: str | None = None
+) -> pathlib.Path:
+    """Writes report.md, report.json and plots/*.png about finished runs.
+
+    Each file is replaced whole, report.md last, so a reader never sees half of one or a link to a plot that is not there yet.
+
+    Args:
+      workdirs: name -> folder, in the order of the table.
+      out: the folder to write to; made if need be.
+      position_variant: name of an evaluation with context n and stride n, such as "valid.context-256-stride-256", for the loss by
+        position in the context; runs without it are left out of that plot. None: no such plot.
+
+    Returns:
+      The path of report.md.
+
+    Raises:
+      UserError: as `compare`; or no run has the variant, or its windows overlap.
+    """
+    comparison = compare(workdirs)
+    runs, measure = comparison.runs, comparison.measure
+    positions = _positions(runs, position_variant) if position_variant else {}
+    drawn = {
+        "learning_curves": plots.learning_curves(runs, measure),
+        measure: plots.result_bars(runs, measure),
+    }
+    if positions:
+        drawn["loss_by_position"] = plots.loss_by_position(runs, positions, position_variant)
+    out = pathlib.Path(out)
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    for name in _PLOTS:
+        path = out / "plots" / f"{name}.png"
+        if name in drawn:
+            with _replacing(path) as temporary:
+                drawn[name].savefig(temporary, format="png", dpi=150)
+        else:
+            path.unlink(missing_ok=True)  # of an earlier report in this folder, which this one does not speak of
+    values = _as_json(comparison, positions, position_variant, drawn)
+    with _replacing(out / "report.json") as temporary:
+        temporary.write_text(json.dumps(_finite(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    with _replacing(out / "report.md") as temporary:
+        temporary.write_text(_as_markdown(comparison, positions, position_variant, drawn), encoding="utf-8")
+    return out / "report.md"
+
+
+def _test(run, measure):
+    return run.evaluation("test")[measure]
+
+
+def _differences(ranked):
+    """Each finite run against the first of them, on the same tokens; the targets must agree, or the pairs are none."""
+    best, *others = ranked
+    best_targets_N, best_nll_N = best.token_scores("test")
+    differences = {}
+    for run in others:
+        targets_N, nll_N = run.token_scores("test")
+        if not np.array_equal(targets_N, best_targets_N):
+            raise UserError(
+                f"{best.name} and {run.name} cannot be compared on test: text and tokenizer are equal, but targets differ in "
+                f"{run.workdir / 'evaluation' / 'test.npz'}; evaluate both again"
+            )
+        differences[run.name] = paired_block_bootstrap(nll_N, best_nll_N)
+    return differences
+
+
+def _positions(runs, variant):
+    having = [run for run in runs if variant in run.evaluations]
+    if not having:
+        raise UserError(f"no run has the evaluation/{variant}.json of loss by position: make it with python -m launch.evaluate")
+    if not check_comparable(having, variant):
+        return {}  # a position counts tokens, which are not the same ones
+    contexts = {}
+    for run in having:
+        protocol = run.evaluation(variant)["protocol"]
+        if protocol["context"] is None or protocol["context"] != protocol["stride"]:
+            raise UserError(
+                f"loss by position needs windows that do not overlap (context equal to stride), but {variant} of {run.name} has "
+                f"{scored_context(protocol)}"
+            )
+        contexts[run.name] = protocol["context"]
+    if len(set(contexts.values())) > 1:
+        raise UserError(f"loss by position needs one context for all runs, but {variant} has {contexts}")
+    return {run.name: loss_by_position(run.token_scores(variant).nll_N, contexts[run.name]) for run in having}
+
+
+def _summary(ranked, measure, differences):
+    best, *others = ranked
+    word = measure.replace("_", " ")
+    values = {run.name: _test(run, measure) for run in ranked}
+    decimals = perplexity_decimals(list(values.values())) if measure == "perplexity" else 4
+
+    def shown(run):
+        return result(values[run.name], decimals)
+
+    if not others:
+        return f"{best.name} has a test {word} of {shown(best)}; there is no other run to hold it against."
+    second = others[0]
+    text = (
+        f"On the {best.evaluation('test')['words']:,} words of test, {best.name} has the lowest {word}, {shown(best)}: "
+        f"{1 - values[best.name] / values[second.name]:.1%} below that of {second.name} ({shown(second)}), the next best"
+    )
+    if measure == "bits_per_byte":
+        text += ". The tokenizers differ, so there is no paired interval of that difference."
+    else:
+        gap = differences[second.name]
+        text += f", a difference of {gap.estimate:.4f} nats per token with a 95% interval of {gap.low:.4f} to {gap.high:.4f}"
+        text += ", so the two are told apart on this text." if gap.low > 0 else ", so this text does not tell the two apart."
+    baseline = next((run for run in others if run.is_ngram), None)
+    if baseline not in (None, second) and not best.is_ngram:
+        text += f" The best n-gram, {baseline.name}, has {shown(baseline)}."
+    return text
+
+
+def _as_json(comparison, positions, variant, drawn):
+    return {
+        "summary": comparison.summary,
+        "measure": comparison.measure,
+        "best": comparison.best,
+        "models": [
+            {**figures(run), "workdir": str(run.workdir), "vocab_size": run.vocab_size, "evaluations": run.evaluations}
+            for run in comparison.runs
+        ],
+        "notes": list(comparison.table.notes),
+        "differences": [
+            {
+                "model": name,
+                "against": comparison.best,
+                "nats_per_token": gap.estimate,
+                "low": gap.low,
+                "high": gap.high,
+                "confidence": 0.95,
+                "block_length": _block_length(comparison),
+                "num_resamples": NUM_RESAMPLES,
+            }
+            for name, gap in comparison.differences.items()
+        ],
+        "position_variant": variant,
+        "loss_by_position": {
+            name: {field.removesuffix("_P"): values.tolist() for field, values in bins._asdict().items()}
+            for name, bins in positions.items()
+        },
+        "environment": {run.name: run.environment for run in comparison.runs},
+        "plots": [f"plots/{name}.png" for name in drawn],
+    }
+
+
+def _finite(value):
+    """JSON knows no infinity and no nan: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _as_markdown(comparison, positions, variant, drawn):
+    runs = comparison.runs
+    title = f"# Comparison of {', '.join(run.name for run in runs)}"
+    sections = [title, comparison.summary, comparison.table.markdown().rstrip()]
+    if comparison.differences:
+        sections += ["## Differences", _difference_section(comparison)]
+    sections += ["## Plots", *(f"{_caption(name, comparison, positions)}\n\n![{name}](plots/{name}.png)" for name in drawn)]
+    if variant and not positions:
+        sections.append("There is no loss by position: the tokenizers differ, so positions do not count the same tokens.")
+    splits = [split for split in ("test", "valid") if any(split in run.evaluations for run in runs)]
+    sections += ["## Protocol", *(_protocol(runs, split) for split in splits)]
+    sections += ["## Environment", _environment(runs), "## How to reproduce", _commands(runs)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _difference_section(comparison):
+    intro = (
+        f"Mean nll on test above that of {comparison.best}, in nats per token, from per-token differences: paired circular block "
+        f"bootstrap, blocks of {_block_length(comparison)} tokens, {NUM_RESAMPLES:,} resamples. The interval covers the choice "
+        "of text, not that of the training seed."
+    )
+    rows = ["| model | nats per token above the best | 95% interval | perplexity ratio |", "| --- | ---: | ---: | ---: |"]
+    rows += [
+        f"| {escaped(name)} | {gap.estimate:.4f} | {gap.low:.4f} to {gap.high:.4f} | {math.exp(min(gap.estimate, 700)):.3f} |"
+        for name, gap in comparison.differences.items()
+    ]
+    return intro + "\n\n" + "\n".join(rows)
+
+
+def _block_length(comparison):
+    return default_block_length(comparison.runs[0].evaluation("test")["tokens"])
+
+
+def _caption(name, comparison, positions):
+    if name == "learning_curves":
+        return (
+            "Learning curves: a curve that lies lower on the left learns more from the same text, on the right more in the same "
+            "time. Curves are quick looks in parallel streams; a horizontal line is an n-gram model on the whole split."
+        )
+    if name == "loss_by_position":
+        left_out = [run.name for run in comparison.runs if run.name not in positions]
+        absent = f" Not evaluated so: {', '.join(left_out)}." if left_out else ""
+        return (
+            "Loss by position: a line falls as far as a model gains from what it has read since its window began empty; where it "
+            f"turns flat, more context no longer helps. Bands are 95% intervals of each mean.{absent}"
+        )
+    return "Results: the length of a bar is the test result; a diamond far from its end would mean that valid and test disagree."
+
+
+def _protocol(runs, split):
+    having = [run for run in runs if split in run.evaluations]
+
+    def told(value):
+        return _by_name({run.name: value(run.evaluation(split)) for run in having})
+
+    entries = {
+        "text": lambda taken: f"{_count(taken['bytes'])} bytes, {_count(taken['words'])} words, sha256 `{taken['text_sha256']}`",
+        "N (tokens)": lambda taken: _count(taken["tokens"]),
+        "tokenizer": lambda taken: _tokenizer(taken["tokenizer"]),
+        "context": lambda taken: scored_context(taken["protocol"]),
+        "precision": lambda taken: taken["protocol"]["precision"],
+        "adaptation to the text": lambda taken: _plain(taken["protocol"]["adaptation"] or "none"),
+        "checkpoint": lambda taken: _checkpoint(taken["checkpoint"]),
+    }
+    rule = f"**{split}**: every token of the whole split is scored once, in corpus order; perplexity = exp(sum of nll / N)."
+    return "\n".join([rule, "", *(f"- {label}: {told(value)}" for label, value in entries.items())])
+
+
+def _tokenizer(tokenizer):
+    return f"{tokenizer['name']}, vocabulary of {_count(tokenizer['vocab_size'])}, sha256 `{tokenizer['sha256']}`"
+
+
+def _checkpoint(checkpoint):
+    which, step = checkpoint.get("which"), checkpoint["step"]
+    return f"step {_count(step)}" + (f", {which}" if which else "")
+
+
+def _by_name(values):
+    """The value once where all runs share it, else each with the names of its runs."""
+    names = {}
+    for name, value in values.items():
+        names.setdefault(value, []).append(name)
+    return "; ".join(value if len(names) == 1 else f"{value} ({', '.join(having)})" for value, having in names.items())
+
+
+def _count(value):
+    return MISSING if value is None else f"{value:,}"
+
+
+def _environment(runs):
+    """What the runs noted; the command stands under how to reproduce."""
+    names = dict.fromkeys(name for run in runs for name in run.environment if name != "command")
+    lines = [f"- {name}: {_by_name({run.name: _plain(run.environment.get(name, MISSING)) for run in runs})}" for name in names]
+    return "\n".join(lines) or "No run has written an environment.json."
+
+
+def _commands(runs):
+    commands = {}
+    for run in runs:
+        command = run.environment.get("command")
+        if command:
+            commands.setdefault(shlex.join(command) if isinstance(command, list) else str(command), []).append(run.name)
+    if not commands:
+        return "No run has noted its command."
+    return "\n\n".join(f"{', '.join(names)}:\n\n```sh\n{command}\n```" for command, names in commands.items())
+
+
+def _plain(value):
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """A path beside `path` to write to; takes its place when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,155 @@
+"""A finished run as its files tell it: config, metrics, evaluations, environment; nothing here is computed from them."""
+
+import dataclasses
+import json
+import pathlib
+import typing
+import zipfile
+
+import numpy as np
+
+from lm.errors import UserError
+
+_FIGURES = ("loss", "perplexity", "bits_per_byte", "word_perplexity", "nll_sum", "tokens", "bytes", "words", "text_sha256")
+_RECORDS = {
+    "tokenizer": ("name", "sha256", "vocab_size"),
+    "protocol": ("context", "stride", "precision", "adaptation"),
+    "checkpoint": ("step",),
+}
+
+
+class TokenScores(typing.NamedTuple):
+    """What a run said of every token of a text, in corpus order."""
+
+    targets_N: np.ndarray  # int32
+    nll_N: np.ndarray  # float32, nats
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The files of one run; the scores of single tokens stay on disk until they are asked for."""
+
+    name: str
+    workdir: pathlib.Path
+    config: dict  # the resolved one
+    num_params: int | None  # of an n-gram model: its entries
+    vocab_size: int | None
+    train_lines: tuple[dict, ...]
+    valid_lines: tuple[dict, ...]
+    evaluations: dict[str, dict]
+    environment: dict
+
+    @property
+    def is_ngram(self) -> bool:
+        return self.config["model"]["architecture"] == "ngram"
+
+    def evaluation(self, name: str) -> dict:
+        """The figures of evaluation/<name>.json with the protocol they were taken under.
+
+        Raises:
+          UserError: there is no such evaluation.
+        """
+        if name not in self.evaluations:
+            raise UserError(
+                f"{self.workdir} has no evaluation/{name}.json, only {', '.join(sorted(self.evaluations))}: "
+                "make it with python -m launch.evaluate"
+            )
+        return self.evaluations[name]
+
+    def token_scores(self, name: str) -> TokenScores:
+        """Targets and nll of evaluation/<name>.npz.
+
+        Raises:
+          UserError: the file is missing or damaged, or is not the one that the figures of <name>.json came from.
+        """
+        figures, path = self.evaluation(name), self.workdir / "evaluation" / f"{name}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                scores = TokenScores(arrays["targets"], arrays["nll"])
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing, though {name}.json is there: evaluate the run again") from None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is damaged ({error}): evaluate the run again") from error
+        total = scores.nll_N.sum(dtype=np.float64)
+        shapes_fit = scores.targets_N.shape == scores.nll_N.shape == (figures["tokens"],)
+        # float32 on disk against a float64 sum; looser than rounding, far tighter than two different models
+        if not shapes_fit or not np.isclose(total, figures["nll_sum"], rtol=1e-5, atol=1e-6, equal_nan=True):
+            raise UserError(
+                f"{path} holds {scores.nll_N.size} tokens with nll_sum {total:.6g}, but {name}.json says {figures['tokens']} "
+                f"and {figures['nll_sum']:.6g}: evaluate the run again"
+            )
+        return scores
+
+
+def read_run(workdir: str | pathlib.Path, name: str | None = None) -> Run:
+    """Reads the folder of a finished run.
+
+    Args:
+      workdir: the folder.
+      name: what reports call the run; by default the folder's name.
+
+    Returns:
+      The run. A run without metrics.jsonl or environment.json (an imported model) has them empty.
+
+    Raises:
+      UserError: the folder is no run, is not evaluated yet, or a file in it is damaged.
+    """
+    workdir = pathlib.Path(workdir)
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"{workdir} is no run: it has no config.json")
+    config = _read_object(workdir / "config.json")
+    try:
+        resolved = config["resolved"]
+        resolved["model"]["architecture"]
+    except (KeyError, TypeError):
+        raise UserError(f"{workdir / 'config.json'} is damaged: it has no resolved.model.architecture") from None
+    evaluations = {path.stem: _read_evaluation(path) for path in sorted(workdir.glob("evaluation/*.json"))}
+    if not evaluations:
+        raise UserError(f"{workdir} is not evaluated yet: run python -m launch.evaluate --workdir={workdir} --split=test first")
+    lines = _read_lines(workdir / "metrics.jsonl")
+    environment = workdir / "environment.json"
+    return Run(
+        name=workdir.resolve().name if name is None else name,
+        workdir=workdir,
+        config=resolved,
+        num_params=config.get("num_params"),
+        vocab_size=config.get("vocab_size"),
+        train_lines=tuple(line for line in lines if line.get("split") == "train"),
+        valid_lines=tuple(line for line in lines if line.get("split") == "valid"),
+        evaluations=evaluations,
+        environment=_read_object(environment) if environment.is_file() else {},
+    )
+
+
+def _parse_object(text, place):
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{place} is damaged: it is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{place} is damaged: it holds a {type(value).__name__} where an object belongs")
+    return value
+
+
+def _read_object(path):
+    return _parse_object(path.read_bytes(), path)
+
+
+def _read_lines(path):
+    if not path.is_file():
+        return []
+    return [
+        _parse_object(line, f"{path}, line {number},")
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1)
+        if line.strip()
+    ]
+
+
+def _read_evaluation(path):
+    figures = _read_object(path)
+    absent = [field for field in (*_FIGURES, *_RECORDS) if field not in figures]
+    for record, fields in _RECORDS.items():
+        absent += [f"{record}.{field}" for field in fields if record not in absent and field not in figures[record]]
+    if absent:
+        raise UserError(f"{path} is damaged: it lacks {', '.join(absent)}")
+    return figures

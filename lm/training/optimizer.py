@@ -1,0 +1,110 @@
+"""The optimiser: one visible optax chain, and the schedules of its learning rate."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lm.config import Config
+from lm.models.build import parameter_role
+
+Schedule = Callable[[jax.Array | int], jax.Array | float]
+
+
+def build(config: Config, steps_per_epoch: float) -> tuple[optax.GradientTransformation, Schedule]:
+    """Clipping -> update rule -> decay of the matrices -> learning rate.
+
+    Decay is decoupled from the gradient (Loshchilov & Hutter 2019, arXiv:1711.05101) for every rule: a matrix with zero
+    gradient shrinks by learning_rate * weight_decay a step.
+
+    Args:
+      config: a resolved config; `optimizer` and `training.num_steps` are read.
+      steps_per_epoch: for schedules that count epochs.
+
+    Returns:
+      The transformation, and the schedule (step -> learning rate, before the plateau's factor).
+    """
+    optimizer = config.optimizer
+    schedule = learning_rate(config, steps_per_epoch)
+    return (
+        optax.chain(
+            _clip(optimizer),
+            _RULES[optimizer.name](optimizer),
+            optax.add_decayed_weights(optimizer.weight_decay, mask=_is_matrix) if optimizer.weight_decay else optax.identity(),
+            optax.scale_by_learning_rate(schedule),
+        ),
+        schedule,
+    )
+
+
+def _clip(optimizer):
+    if optimizer.clip_value is not None:
+        return optax.clip(optimizer.clip_value)
+    return optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm is not None else optax.identity()
+
+
+def is_clipped(optimizer, gradients, global_norm) -> jax.Array:
+    """Whether clipping changes these gradients (bool)."""
+    if optimizer.clip_value is not None:
+        return jnp.any(jnp.stack([jnp.any(jnp.abs(g) > optimizer.clip_value) for g in jax.tree.leaves(gradients)]))
+    return global_norm > (jnp.inf if optimizer.clip_norm is None else optimizer.clip_norm)
+
+
+def _is_matrix(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: parameter_role(tuple(k.key for k in path)) == "matrix", params)
+
+
+def _muon(optimizer):
+    """Muon (Jordan et al. 2024) on the matrices, Adam on embeddings, outputs, norms and biases."""
+
+    def labels(params):
+        return jax.tree.map(lambda matrix: "muon" if matrix else "adam", _is_matrix(params))
+
+    # The factor brings a Muon update's size to Adam's, so that one learning rate serves both (Liu et al. 2025, arXiv:2502.16982).
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(beta=optimizer.momentum),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u: u * 0.2 * math.sqrt(max(u.shape)), updates)),
+    )
+    return optax.partition({"muon": muon, "adam": optax.scale_by_adam()}, labels)
+
+
+_RULES = {
+    "sgd": lambda optimizer: optax.identity(),
+    "momentum": lambda optimizer: optax.trace(optimizer.momentum),
+    "rmsprop": lambda optimizer: optax.scale_by_rms(optimizer.momentum),
+    "adam": lambda optimizer: optax.scale_by_adam(optimizer.b1, optimizer.b2),
+    "adamw": lambda optimizer: optax.scale_by_adam(optimizer.b1, optimizer.b2),
+    "adafactor": lambda optimizer: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+    "lion": lambda optimizer: optax.scale_by_lion(optimizer.b1, optimizer.b2),
+    "muon": _muon,
+}
+
+
+def learning_rate(config: Config, steps_per_epoch: float) -> Schedule:
+    """The learning rate by step (from 0), after a linear warm-up from learning_rate / warmup_steps.
+
+    cosine: Loshchilov & Hutter 2017, arXiv:1608.03983, down to final_fraction at num_steps; inverse_sqrt: Vaswani et al.
+    2017, proportional to 1 / sqrt(step + 1) after warm-up; step: times decay_factor each epoch after decay_start_epoch
+    (Zaremba et al. 2014, arXiv:1409.2329); plateau: constant here, its factor is kept in the state's controls.
+    """
+    optimizer, warmup = config.optimizer, config.optimizer.warmup_steps
+    peak = optimizer.learning_rate
+
+    def after_warmup(step):
+        if optimizer.schedule == "cosine":
+            done = jnp.clip((step - warmup) / max(config.training.num_steps - warmup, 1), 0, 1)
+            return optimizer.final_fraction + (1 - optimizer.final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+        if optimizer.schedule == "inverse_sqrt":
+            return jnp.sqrt(max(warmup, 1) / jnp.maximum(step + 1, max(warmup, 1)))
+        if optimizer.schedule == "step":
+            epoch = jnp.floor(step / steps_per_epoch)
+            return optimizer.decay_factor ** jnp.maximum(epoch + 1 - optimizer.decay_start_epoch, 0)
+        return jnp.ones_like(step, jnp.float32)
+
+    def schedule(step):
+        step = jnp.asarray(step)
+        return peak * jnp.where(step < warmup, (step + 1) / max(warmup, 1), after_warmup(step))
+
+    return schedule

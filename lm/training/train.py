@@ -1,0 +1,279 @@
+"""From a config to a finished run: prepares the experiment, takes up what the folder holds, and trains or counts."""
+
+import dataclasses
+import functools
+import shutil
+import time
+from typing import Any
+
+import numpy as np
+
+from lm.config import Config, resolve
+from lm.data import corpus, sources, tokenizers
+from lm.data.batches import BatchSource, batches
+from lm.data.corpus import Corpus
+from lm.errors import UserError
+from lm.evaluation.perplexity import Layout, figures, token_losses
+from lm.evaluation.scorers import neural_scorer
+from lm.models.build import build, count_params, initialise, solve_widths
+from lm.models.language_model import LanguageModel
+from lm.models.ngram import Ngram
+from lm.objectives import causal_language_model
+from lm.parallel import Placement, device_summary
+from lm.runs.checkpoint import Checkpoints, check_like
+from lm.runs.folder import RunFolder
+from lm.runs.open import open_run
+from lm.training import optimizer as optimizers
+from lm.training.loop import Progress, run_loop
+from lm.training.step import TrainState, initial_state, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """All that a config and its data decide before training.
+
+    Attributes:
+      config: resolved, widths solved.
+      facts: what config.json keeps beside the config: parameters, vocabulary, hashes of the text.
+    """
+
+    config: Config
+    tokenizer: tokenizers.Tokenizer
+    train: Corpus
+    valid: Corpus
+    model: LanguageModel | Ngram
+    facts: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """How training ended.
+
+    Attributes:
+      step, best_step: last, and best on valid.
+      best_loss: nats per token of the quick look at valid; inf for an n-gram, which is not looked at.
+      tokens: seen, epochs counted each.
+      seconds: of training steps.
+    """
+
+    step: int
+    best_step: int
+    best_loss: float
+    tokens: int
+    seconds: float
+
+
+class Listener:
+    """Is told how training goes; this one keeps it to itself."""
+
+    def started(self, experiment: Experiment, step: int) -> None:
+        """Training begins, or goes on, after `step` updates."""
+
+    def stepped(self, step: int) -> None:
+        """A step was sent to the devices."""
+
+    def recorded(self, line: dict[str, Any]) -> None:
+        """A line was added to metrics.jsonl."""
+
+
+def prepare(draft: Config, folder: RunFolder | None = None) -> Experiment:
+    """Resolves a config, reads its data and builds its model.
+
+    Args:
+      folder: of a run that may have been started: its tokenizer is used again.
+
+    Raises:
+      UserError: whatever is wrong with config or text.
+    """
+    config = resolve(draft)
+    cache = corpus.cache_dir(config.data)
+    splits = sources.load(config.data)
+    if folder is not None and folder.tokenizer.exists():
+        tokenizer = tokenizers.load(folder.tokenizer)
+    elif config.training.init_from:
+        tokenizer = _tokenizer_of(config)
+    else:
+        tokenizer = tokenizers.train(config.data, splits["train"], cache)
+    train, valid = (corpus.tokenise(splits[name], tokenizer, cache) for name in ("train", "valid"))
+    config = solve_widths(config, tokenizer.vocab_size)
+    facts = {"vocab_size": tokenizer.vocab_size, "splits": {name: split.size.sha256 for name, split in splits.items()}}
+    if config.model.architecture != "ngram":
+        facts["num_params"] = count_params(config, tokenizer.vocab_size)
+    return Experiment(config, tokenizer, train, valid, build(config, tokenizer.vocab_size), facts)
+
+
+def _tokenizer_of(config):
+    """The tokenizer of the run that parameters come from: they mean nothing with another vocabulary."""
+    run = RunFolder(config.training.init_from)
+    run.read_config()
+    tokenizer = tokenizers.load(run.tokenizer)
+    if tokenizer.name != config.data.tokenizer:
+        raise UserError(
+            f"config.training.init_from {config.training.init_from!r} has a {tokenizer.name} tokenizer, but config.data.tokenizer is "
+            f"{config.data.tokenizer!r}; make them equal"
+        )
+    return tokenizer
+
+
+def train(draft: Config, workdir: str, listener: Listener | None = None) -> Trained:
+    """Trains a run to its end, from the start or from where it was interrupted; a finished run is left as it is.
+
+    Raises:
+      UserError: bad config, text or folder; another experiment's folder; a non-finite loss.
+    """
+    listener = listener or Listener()
+    folder = RunFolder(workdir)
+    with folder.locked(), Checkpoints(folder.checkpoints) as checkpoints:
+        experiment = prepare(draft, folder)
+        if folder.config.exists():
+            folder.check_same_experiment(experiment.config, experiment.facts)
+        if isinstance(experiment.model, Ngram):
+            return _count(draft, experiment, folder, checkpoints, listener)
+        return _train(draft, experiment, folder, checkpoints, listener)
+
+
+def _begin(draft, experiment, folder, devices):
+    tokenizers.save(experiment.tokenizer, folder.tokenizer)
+    folder.write_config(draft, experiment.config, experiment.facts)
+    folder.write_environment(devices)
+
+
+def _count(draft, experiment, folder, checkpoints, listener):
+    """An n-gram's training: one pass over the train split, one checkpoint."""
+    tokens, step = len(experiment.train.tokens), 1
+    if checkpoints.latest_sound() is None:
+        _begin(draft, experiment, folder, {})
+        listener.started(experiment, 0)
+        started = time.perf_counter()
+        params = experiment.model.count(experiment.train.tokens, experiment.train.eos)
+        seconds = time.perf_counter() - started
+        line = {"step": step, "split": "train", "tokens": tokens, "epoch": 0, "seconds": round(seconds, 3)}
+        line["tokens_per_second"] = round(tokens / seconds, 1)
+        folder.cut_metrics(0)
+        folder.append_metrics(line)
+        listener.recorded(line)
+        progress = Progress(best_step=step, seconds=seconds, finished=True)
+        checkpoints.save(step, params, {"step": np.zeros((), np.int32) + step}, dataclasses.asdict(progress))
+        checkpoints.wait()
+        facts = {**experiment.facts, "num_params": experiment.model.num_entries(params)}  # known only now: distinct n-grams
+        folder.write_config(draft, experiment.config, facts)
+    progress = Progress(**checkpoints.progress(step))
+    return Trained(step, step, progress.best_loss, tokens, progress.seconds)
+
+
+def _train(draft, experiment, folder, checkpoints, listener):
+    config, model = experiment.config, experiment.model
+    placement = Placement(config.num_devices)
+    placement.check_rows(config.data.batch_size, config.training.num_micro_batches)
+    source = batches(config, experiment.train)
+    optimizer, schedule = optimizers.build(config, source.steps_per_epoch)
+    state, carry, progress, step = _restore(config, model, optimizer, source, checkpoints)
+    tokens_per_step = config.data.batch_size * config.data.seq_len
+    out_of_patience = config.training.early_stopping is not None and progress.stalled >= config.training.early_stopping
+    if step < config.training.num_steps and not out_of_patience:
+        _begin(draft, experiment, folder, device_summary(placement))
+        log = _Log(folder, step, listener)
+        listener.started(experiment, step)
+        progress = run_loop(
+            config,
+            state,
+            carry,
+            progress,
+            step_fn=compile_step(config, model, optimizer, placement),
+            source=source,
+            placement=placement,
+            evaluate=quick_look(config, model, experiment.valid, placement),
+            schedule=schedule,
+            checkpoints=checkpoints,
+            record=log.record,
+            on_step=listener.stepped,
+        )
+        log.close()
+        checkpoints.wait()
+        step = checkpoints.steps()[-1]
+    return Trained(step, progress.best_step, progress.best_loss, step * tokens_per_step, progress.seconds)
+
+
+def compile_step(config: Config, model: LanguageModel, optimizer, placement: Placement):
+    """The compiled training step (state, carry, batch) -> (state, carry); it reuses the buffers of its first two arguments."""
+    step = functools.partial(
+        train_step,
+        objective=causal_language_model(model, config.training.label_smoothing),
+        optimizer=optimizer,
+        settings=config.optimizer,
+        total=placement.total,
+        seed=config.seed,
+        num_micro_batches=config.training.num_micro_batches,
+    )
+    return placement.compile(step, donate=(0, 1))
+
+
+def _restore(config, model, optimizer, source: BatchSource, checkpoints) -> tuple[TrainState, Any, Progress, int]:
+    """State, carry and progress to go on from: of the latest sound checkpoint, of another run's parameters, or fresh."""
+    params = initialise(model, config.seed)
+    state = initial_state(params, optimizer)
+    carry = model.initial_carry(config.data.batch_size) if source.carries else None
+    step = checkpoints.latest_sound()
+    if step is not None:
+        like = {"state": state.replace(params=None), "carry": carry}
+        params, rest = checkpoints.restore(step, params, like)
+        return rest["state"].replace(params=params), rest["carry"], Progress(**checkpoints.progress(step)), step
+    if config.training.init_from:
+        run = open_run(config.training.init_from)
+        check_like(_by_path(params), _by_path(run.params), f"config.training.init_from {config.training.init_from!r}")
+        state = initial_state(run.params, optimizer)
+    return state, carry, Progress(), 0
+
+
+def _by_path(tree, prefix=""):
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {path: leaf for name, part in tree.items() for path, leaf in _by_path(part, f"{prefix}/{name}".lstrip("/")).items()}
+
+
+def quick_look(config: Config, model: LanguageModel, valid: Corpus, placement: Placement):
+    """A function from placed parameters to valid's loss, scored in parallel streams (or windows) for speed.
+
+    Every token is scored, but streams start anew at their seams, so this figure steers training and is not for quoting;
+    the line of metrics says how it was taken.
+    """
+    settings = config.evaluation
+    rows = -(-settings.rows // placement.num_devices) * placement.num_devices
+    layout = Layout(settings.context, settings.stride, rows)
+    scorer = neural_scorer(model, placement)
+
+    def evaluate(params):
+        found = figures(token_losses(scorer(params), valid, layout), valid.size.num_bytes, valid.size.num_words)
+        windows = {"context": layout.context, "stride": layout.stride} if layout.context else {}
+        return {"loss": found["loss"], "perplexity": found["perplexity"], "rows": rows, **windows}
+
+    return evaluate
+
+
+class _Log:
+    """metrics.jsonl, and the same scalars as TensorBoard events, both cut back to the step that training goes on from."""
+
+    def __init__(self, folder: RunFolder, step: int, listener: Listener):
+        from tensorboardX import SummaryWriter
+
+        self._folder, self._listener = folder, listener
+        lines = folder.cut_metrics(step)
+        shutil.rmtree(folder.tensorboard, ignore_errors=True)
+        self._events = SummaryWriter(str(folder.tensorboard))
+        for line in lines:
+            self._event(line)
+
+    def record(self, line):
+        self._folder.append_metrics(line)
+        self._event(line)
+        self._listener.recorded(line)
+
+    def _event(self, line):
+        for name, value in line.items():
+            if name not in ("step", "split"):
+                self._events.add_scalar(f"{line['split']}/{name}", value, line["step"])
+        if line["split"] == "valid":
+            self._events.flush()
+
+    def close(self):
+        self._events.close()
