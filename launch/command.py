@@ -2,8 +2,12 @@
 
 import dataclasses
 import logging
+import os
 import pathlib
+import re
+import runpy
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +38,8 @@ def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = Fa
     try:
         try:
             rest = flags.FLAGS(argv)
-        except flags.Error as error:
-            raise UserError(f"{_one_line(error)}; --help lists the flags of {verb}") from None
+        except (flags.Error, ValueError) as error:
+            raise UserError(f"{_flag_error(error)}; --help lists the flags of {verb}") from None
         if rest[1:]:
             raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value, and --help lists those of {verb}")
         if overrides and not takes_config:
@@ -52,6 +56,13 @@ def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = Fa
 
 def _one_line(error) -> str:
     return " ".join(str(error).split())
+
+
+def _flag_error(error) -> str:
+    """What absl says of a bad value, in words for people."""
+    text = _one_line(error).replace("invalid literal for int() with base 10:", "must be a whole number, not")
+    text = text.replace("could not convert string to float:", "must be a number, not")
+    return re.sub(r"\('Non-boolean argument to boolean flag', (.*)\)", r"must be true or false, not \1", text)
 
 
 def _quiet_logging():
@@ -89,25 +100,38 @@ def load_config(path: str, overrides: list[str]) -> Config:
     """
     from ml_collections import config_flags
 
-    file = path.split(":", 1)[0]
-    if not pathlib.Path(file).is_file():
-        raise UserError(f"--config={file} is not a file; the experiments of this project are {', '.join(known_configs())}")
-    values = flags.FlagValues()
+    config = _get_config(*path.split(":", 1))
+    for override in overrides:
+        _check_field(_dotted(override))
     given = [override for override in overrides if not override.lower().endswith("=none")]
-    argv = ["", f"--config={path}", *given]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=False)
+    values, argv = flags.FlagValues(), ["", *given]
+    config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)
     try:
         values(argv)
         config = values.config
-    except (KeyError, AttributeError):
-        raise UserError(_unknown_override(given)) from None
     except (flags.Error, ValueError, TypeError) as error:
-        raise UserError(_config_error(file, error)) from None
-    if not isinstance(config, Config):
-        raise UserError(f"--config={file}: get_config() must return an lm.config.Config, not {type(config).__name__}")
+        raise UserError(_flag_error(error)) from None
     for override in overrides:
         if override not in given:
-            _set_none(config, override.lstrip("-").removeprefix("config.").rsplit("=", 1)[0])
+            *section, name = _dotted(override).split(".")
+            setattr(getattr(config, section[0]) if section else config, name, None)
+    return config
+
+
+def _get_config(file, *argument):
+    if not os.path.isfile(file):
+        raise UserError(f"--config={file} is not a file; the experiments of this project are {', '.join(known_configs())}")
+    try:
+        module = runpy.run_path(file)
+        if "get_config" not in module:
+            raise UserError("it defines no get_config()")
+        config = module["get_config"](*argument)
+    except UserError as error:
+        raise UserError(f"--config={file}: {error}") from None
+    except Exception as error:  # a config file is a program; whatever is wrong with it is told in its own words
+        raise UserError(f"--config={file}: {type(error).__name__}: {_one_line(error)}") from None
+    if not isinstance(config, Config):
+        raise UserError(f"--config={file}: get_config() must return an lm.config.Config, not {type(config).__name__}")
     return config
 
 
@@ -117,34 +141,22 @@ def known_configs() -> list[str]:
     return sorted(str(p.relative_to(root)) for p in (root / "configs").rglob("*.py") if not p.name.startswith("_"))
 
 
-def _set_none(config, dotted):
-    *sections, name = dotted.split(".")
-    for section in sections:
-        config = getattr(config, section, None)
-    if not isinstance(config, Section) or name not in type(config).__dataclass_fields__:
-        raise UserError(f"config.{dotted} does not exist; --help lists the fields")
-    setattr(config, name, None)
+def _dotted(override):
+    return override.lstrip("-").removeprefix("noconfig.").removeprefix("config.").split("=")[0]
 
 
-def _unknown_override(overrides):
-    for override in overrides:
-        section: Any = Config()
-        dotted = override.lstrip("-").removeprefix("noconfig.").removeprefix("config.").split("=")[0]
-        for name in dotted.split("."):
-            if not isinstance(section, Section):
-                return f"config.{dotted} does not exist: config.{dotted.rsplit('.', 1)[0]} has no parts; --help lists the fields"
-            if name not in type(section).__dataclass_fields__:
-                return unknown_field(section, name)
-            section = getattr(section, name)
-    return "the config file reads something that does not exist"
-
-
-def _config_error(file, error):
-    """One sentence from what config_flags says, which holds a traceback where the config file itself raised."""
-    text = str(error)
-    if "Traceback" in text:
-        return f"--config={file}: {text.strip().splitlines()[-1]}"
-    return _one_line(text).replace("flag --", "").replace("Non-boolean argument to boolean flag", "must be true or false")
+def _check_field(dotted):
+    section: Any = Config()
+    for name in dotted.split("."):
+        if not isinstance(section, Section):
+            raise UserError(
+                f"config.{dotted} does not exist: config.{dotted.rsplit('.', 1)[0]} has no parts; --help lists the fields"
+            )
+        if name not in type(section).__dataclass_fields__:
+            raise UserError(unknown_field(section, name))
+        section = getattr(section, name)
+    if isinstance(section, Section):
+        raise UserError(f"config.{dotted} is a group of fields; set one of them, as in --config.{dotted}.field=value")
 
 
 def _help(document, takes_config):
@@ -160,7 +172,7 @@ def _help(document, takes_config):
 
 def _entry(name, meaning, default):
     shown = "" if default in (None, "", False) else f" [{default}]"
-    return f"  {name:<36} {meaning}{shown}"
+    return textwrap.fill(f"{name:<36} {meaning}{shown}", 120, initial_indent="  ", subsequent_indent=" " * 39)
 
 
 def _fields(section, prefix):

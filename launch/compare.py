@@ -58,7 +58,7 @@ def main(overrides):
     variant = _score_by_position(folders, open_run, evaluate_run)
     report = write_report(folders, FLAGS.workdir, variant)
     found = compare(folders)
-    print(f"\n{found.table.text()}\n\n{found.summary}\n\nreport with plots: {report}")
+    print(f"\n{found.table.text().rstrip()}\n\n{found.summary}\n\nreport with plots: {report}")
     return {"report": str(report), "best": found.best, "summary": found.summary}
 
 

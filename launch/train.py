@@ -35,7 +35,7 @@ def main(overrides):
         experiment = prepare(draft)
         settings = experiment.config
         if settings.model.architecture != "ngram":
-            placement = parallel.Placement(settings.num_devices)
+            placement = parallel.place(settings)
             placement.check_rows(settings.data.batch_size, settings.training.num_micro_batches)
             print(console.parameter_table(experiment))
             print(f"\non {placement.num_devices} device(s): {placement.devices[0].device_kind}")
@@ -53,7 +53,8 @@ def main(overrides):
     )
     print(f"trained {result.tokens:,} tokens in {result.seconds:.0f} s; {quick}{FLAGS.workdir}")
     print(f"next: python -m launch.evaluate --workdir={FLAGS.workdir} --split=test")
-    return {"workdir": FLAGS.workdir, **dataclasses.asdict(result)}
+    best_loss = result.best_loss if math.isfinite(result.best_loss) else None  # JSON has no infinity
+    return {"workdir": FLAGS.workdir, **dataclasses.asdict(result), "best_loss": best_loss}
 
 
 if __name__ == "__main__":

@@ -225,7 +225,9 @@ class TrainingConfig(Section):
     num_micro_batches: int = setting(1, "parts that a step's rows are cut into, their gradients added", at_least=1)
     label_smoothing: float = setting(0.0, "share of the target spread over the vocabulary (objective only)", at_least=0, below=1)
     log_every_steps: int = setting(50, "steps between lines of metrics", at_least=1, resumable=True)
-    evaluate_every_steps: int = setting(200, "steps between looks at valid, each followed by a checkpoint", at_least=1)
+    evaluate_every_steps: int = setting(
+        200, "steps between looks at valid, each followed by a checkpoint", at_least=1, resumable=True
+    )
     checkpoint_every_steps: int | None = setting(
         None, "steps between further checkpoints; None: only after evaluations", at_least=1, resumable=True
     )
@@ -252,7 +254,7 @@ class Config(Section):
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
-    seed: int = setting(0, "seed of parameters, dropout and the order of windows", at_least=0)
+    seed: int = setting(0, "seed of parameters, dropout and the order of windows", at_least=0, below=2**32)
     parallelism: str = setting("pmap", "how work is spread over devices", choices=("pmap",), resumable=True)
     num_devices: int | None = setting(None, "devices to use; None: all that JAX sees", at_least=1, resumable=True)
     compute_dtype: str = setting(
@@ -351,7 +353,8 @@ def _check_value(section, field, architecture):
         raise UserError(f"{name} is {value!r}, but must be {expected} ({rule['meaning']})")
     if rule["only"] and architecture not in rule["only"]:
         raise UserError(
-            f"{name} is set, but a model with architecture {architecture!r} has no such field; it belongs to {', '.join(rule['only'])}"
+            f"{name} is set, but a model with architecture {architecture!r} has no such field; "
+            f"it belongs to {', '.join(rule['only'])}"
         )
     choices = rule["choices"]
     if isinstance(choices, dict):
@@ -478,6 +481,8 @@ def _resolve_data(data):
         raise UserError(
             f"config.data.fractions is {data.fractions}, but must be three shares (train, valid, test) that add up to 1"
         )
+    if data.tokenizer == "word" and data.vocab_size is not None and data.vocab_size < 3:
+        raise UserError(f"config.data.vocab_size is {data.vocab_size}, but word needs at least 3 (<eos>, <unk> and one word)")
     if data.tokenizer == "subword" and data.vocab_size < 258:
         raise UserError(
             f"config.data.vocab_size is {data.vocab_size}, but subword needs at least 258 (256 bytes, <eos> and one merge)"
@@ -490,14 +495,15 @@ def _resolve_rest(config):
         raise UserError("config.optimizer.clip_norm and config.optimizer.clip_value are both set; set the other to None")
     if config.data.batch_size % training.num_micro_batches:
         raise UserError(
-            f"config.training.num_micro_batches is {training.num_micro_batches}, which does not divide config.data.batch_size {config.data.batch_size}"
+            f"config.training.num_micro_batches is {training.num_micro_batches}, which does not divide config.data.batch_size "
+            f"{config.data.batch_size}"
         )
     carries = model.architecture != "transformer" or (model.attention_window is not None and model.positions != "learned")
     if not carries:
         if config.data.order == "stream":
             raise UserError(
-                "config.data.order is 'stream', which carries state without end; a Transformer needs config.model.attention_window and "
-                "positions other than 'learned' for that, or config.data.order='windows'"
+                "config.data.order is 'stream', which carries state without end; a Transformer needs "
+                "config.model.attention_window and positions other than 'learned' for that, or config.data.order='windows'"
             )
         if evaluation.context is None:
             evaluation.context = config.data.seq_len
@@ -512,7 +518,8 @@ def _resolve_rest(config):
             evaluation.stride = max(1, evaluation.context // 4)
         if evaluation.stride > evaluation.context:
             raise UserError(
-                f"config.evaluation.stride is {evaluation.stride}, longer than a window of {evaluation.context}: tokens would be left out"
+                f"config.evaluation.stride is {evaluation.stride}, longer than a window of {evaluation.context}: "
+                "tokens would be left out"
             )
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lm.config import Config
 from lm.errors import UserError
 
 _AXIS = "devices"
@@ -128,6 +129,11 @@ class Placement:
         if self.num_devices == 1:
             return jax.tree.map(np.array, host)
         return jax.tree.map(lambda x: np.array(x).reshape(-1, *x.shape[2:]), host)
+
+
+def place(config: Config) -> Placement:
+    """The placement that `config.parallelism` names, over `config.num_devices` devices."""
+    return {"pmap": Placement}[config.parallelism](config.num_devices)
 
 
 def device_summary(placement: Placement) -> dict[str, Any]:

@@ -7,8 +7,10 @@ import gzip
 import hashlib
 import io
 import itertools
+import os
 import pathlib
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 
 from lm.config import DataConfig
@@ -147,7 +149,7 @@ def text(data: DataConfig) -> dict[str, Split]:
     With words as units a cut moves to the next end of a line, so that no line is torn.
     """
     path = pathlib.Path(data.path)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
         raise UserError(
             f"config.data.path {str(path)!r} does not exist: give a folder with train, valid and test files, or a file"
         )
@@ -183,8 +185,8 @@ def _file_of_split(folder: pathlib.Path, split: str) -> pathlib.Path:
     if len(found) != 1:
         what = f"{len(found)} such files: {', '.join(p.name for p in found)}" if found else "none"
         raise UserError(
-            f"config.data.path {str(folder)!r} must hold one {split} file, such as {split}.txt, {split}.txt.gz or name.{split}.txt; "
-            f"there is {what}"
+            f"config.data.path {str(folder)!r} must hold one {split} file, such as {split}.txt, {split}.txt.gz or "
+            f"name.{split}.txt; there is {what}"
         )
     return found[0]
 
@@ -211,9 +213,7 @@ def read_lines(path: pathlib.Path) -> Iterator[str]:
             number = 0
             for number, line in enumerate(file, 1):
                 if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                    raise UserError(
-                        f"{path} begins with a byte order mark (BOM); remove it, for example with: sed -i '1s/^\\xEF\\xBB\\xBF//'"
-                    )
+                    raise UserError(f"{path} begins with a byte order mark (BOM); remove it: sed -i '1s/^\\xEF\\xBB\\xBF//'")
                 if b"\0" in line:
                     raise UserError(f"{path} is a binary file (line {number} holds a zero byte); text in UTF-8 is needed")
                 if line.endswith(b"\r\n"):
@@ -229,5 +229,5 @@ def read_lines(path: pathlib.Path) -> Iterator[str]:
                     ) from None
             if not number:
                 raise UserError(f"{path} is empty; there is no text to read")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None

@@ -81,9 +81,7 @@ class _Listed:
         ids = np.fromiter((self.ids.get(symbol, self.unk) for symbol in symbols), np.int32)
         unknown = [symbol for symbol in symbols if symbol not in self.ids] if strict else []
         if unknown:
-            raise UserError(
-                f"{unknown[0]!r} is not in the vocabulary of this run's {self.name} tokenizer ({self.vocab_size} entries)"
-            )
+            raise UserError(f"{unknown[0]!r} is not in the vocabulary of the {self.name} tokenizer ({self.vocab_size} entries)")
         return ids
 
     def to_json(self):
@@ -116,7 +114,7 @@ class CharTokenizer(_Listed):
 
 
 class WordTokenizer(_Listed):
-    """The words of train, most frequent first, after `<eos>`, which is a line's newline, and `<unk>`, which may be the data's own."""
+    """The words of train, most frequent first, after `<eos>`, a line's newline, and `<unk>`, which may be the data's own."""
 
     name, ends_lines = "word", True
 
@@ -139,7 +137,7 @@ class WordTokenizer(_Listed):
         counts.pop("<unk>", None)
         words = [word for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if count >= data.min_count]
         if data.vocab_size is not None:
-            words = words[: max(data.vocab_size - 2, 0)]
+            words = words[: data.vocab_size - 2]
         return cls(["<eos>", "<unk>", *words])
 
 
@@ -225,7 +223,7 @@ def load(path: pathlib.Path) -> Tokenizer:
       UserError: a file that is missing or is no tokenizer.
     """
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
         return _KINDS[saved["name"]].from_json(saved)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; a run's folder holds its tokenizer") from None

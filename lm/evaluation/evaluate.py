@@ -18,7 +18,7 @@ from lm.evaluation.perplexity import Layout, figures, token_losses
 from lm.evaluation.scorers import NgramScorer, Scorer, neural_scorer
 from lm.files import read_json, write_json
 from lm.models.ngram import Ngram
-from lm.parallel import Placement
+from lm.parallel import Placement, place
 from lm.runs.open import Run
 
 _SPLIT_OF_TEXT = "text"
@@ -63,7 +63,7 @@ def evaluate_run(
     earlier = read_json(path, "") if path.exists() else None
     if (
         earlier
-        and all(earlier.get(field) == value for field, value in wanted.items() if field != "checkpoint")
+        and all(earlier.get(field) == value for field, value in wanted.items() if field not in ("checkpoint", "text"))
         and (earlier["checkpoint"]["step"] == run.step)
     ):
         return {**earlier, "name": name, "stored": True}
@@ -88,6 +88,8 @@ def _name_and_layout(run, split, text, context, stride):
     settings = run.config.evaluation
     if stride is not None and context is None:
         raise UserError("--stride is set without --context; give the length of the windows too")
+    if context is not None and context < 1:
+        raise UserError(f"--context={context} must be at least 1")
     if context is not None:
         stride = max(1, context // 4) if stride is None else stride
         if not 1 <= stride <= context:
@@ -114,13 +116,14 @@ def _corpus(run, split, text, data_path) -> Corpus:
                 f"the {split} text of {found.name} is not the one this run was made for (sha256 {found.size.sha256[:12]} now, "
                 f"{trained_on[:12]} then); "
                 + (
-                    "the built-in corpus differs between Python versions: use the Python of environment.json, or score it with --text"
+                    "the built-in corpus differs between Python versions: use the Python of environment.json, "
+                    "or score it with --text"
                     if data.source == "python_docs"
                     else "give the right --data_path, or score it with --text"
                 )
             )
     else:
-        if not pathlib.Path(text).is_file():
+        if not os.path.isfile(text):
             raise UserError(f"--text={text} is not a file; give a text file in UTF-8, or its .gz")
         found = sources.text_file(pathlib.Path(text))
     return corpus.tokenise(found, run.tokenizer, corpus.cache_dir(data))
@@ -129,7 +132,7 @@ def _corpus(run, split, text, data_path) -> Corpus:
 def _scorer(run, layout) -> tuple[Scorer, Layout]:
     if isinstance(run.model, Ngram):
         return NgramScorer(run.model, run.model.prepare(run.params)), layout
-    placement = Placement(run.config.num_devices if layout.context else 1)
+    placement = place(run.config) if layout.context else Placement(1)
     rows = -(-layout.rows // placement.num_devices) * placement.num_devices
     params = placement.put_state(run.params)
     return neural_scorer(run.model, placement)(params), Layout(layout.context, layout.stride, rows)

@@ -95,11 +95,20 @@ def generate(
     for name, value in (("num_tokens", num_tokens), ("num_samples", num_samples)):
         if value < 1:
             raise UserError(f"--{name}={value} must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed={seed} must be at least 0 and below 2^32")
     sampling.check(run.tokenizer.vocab_size)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--prompt={prompt!a} is not UTF-8") from None
     ids = encode(run.tokenizer, prompt, strict=True)
     prompt_BT = np.tile(np.concatenate([[run.tokenizer.eos], ids]).astype(np.int32), (num_samples, 1))
     tokens_BT = np.asarray(sample_tokens(run.model, run.params, prompt_BT, num_tokens, sampling, jax.random.key(seed)))
-    return [run.tokenizer.decode(_document(tokens, run.tokenizer)) for tokens in tokens_BT]
+    texts = [run.tokenizer.decode(_document(tokens, run.tokenizer)) for tokens in tokens_BT]
+    if run.tokenizer.ends_lines and prompt and not prompt[-1].isspace():
+        texts = [text if text.startswith("\n") else f" {text}" for text in texts]  # words stand apart
+    return texts
 
 
 def _document(tokens, tokenizer):

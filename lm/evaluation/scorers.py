@@ -89,6 +89,6 @@ class NgramScorer:
         history = (
             np.lib.stride_tricks.sliding_window_view(tokens, width, axis=1) if width else np.zeros((num_rows, length, 0), int)
         )
-        log_probs = self.model.log_probs(self.tables, history.reshape(-1, width), batch.targets_BT.reshape(-1))
+        log_probs = self.model.log_probs(self.tables, history.reshape(num_rows * length, width), batch.targets_BT.reshape(-1))
         after = None if memory is None else tokens[:, tokens.shape[1] - before.shape[1] :]
         return -log_probs.reshape(num_rows, length), after

@@ -168,19 +168,19 @@ class FeedForward(nn.Module):
         return self.outward(nn.gelu(inner_BTF, approximate=self.activation == "gelu_tanh"))
 
 
-_FOLD = 1024
-
-
 def angles(positions_BT: Array, width: int) -> Array:
-    """Angles [B, T, width / 2] of position p and frequency 10000^(-2j / width), exact to rounding at any position.
+    """Angles [B, T, width / 2] of position p and frequency 10000^(-2j / width) in [-π, π), to rounding at any position.
 
-    p * frequency in float32 would lose digits in a long stream, so whole multiples of 1024 positions are first taken
-    modulo a full turn in float64.
+    p * frequency in float32 would lose digits in a long stream. Here an angle is counted in 2^-32 of a turn, so that
+    integers overflow by whole turns; each byte of p has a step of its own, rounded once from float64.
     """
-    frequencies = 10_000.0 ** (-np.arange(0, width, 2) / width)
-    folded = np.remainder(_FOLD * frequencies, 2 * np.pi)
-    low, high = positions_BT % _FOLD, positions_BT // _FOLD
-    return low[..., None] * jnp.float32(frequencies) + high[..., None] * jnp.float32(folded)
+    turns = 10_000.0 ** (-np.arange(0, width, 2) / width) / (2 * np.pi)
+    count = jnp.zeros((), jnp.uint32)
+    for shift in (0, 8, 16, 24):
+        step = np.round(np.remainder(turns * 2**shift, 1) * 2**32).astype(np.uint64).astype(np.uint32)
+        byte_BT = (positions_BT >> shift) & 255
+        count += byte_BT[:, :, None].astype(jnp.uint32) * step[None, None]
+    return jax.lax.bitcast_convert_type(count, jnp.int32) * jnp.float32(2 * np.pi / 2**32)
 
 
 def sinusoidal(positions_BT: Array, width: int) -> Array:

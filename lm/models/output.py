@@ -40,7 +40,8 @@ class OutputLayer(nn.Module):
         else:
             kernel_DV = self.param("kernel", self.kernel_init, (hidden_BTD.shape[-1], self.vocab_size))
         bias_V = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
-        return (hidden_BTD.astype(self.dtype) @ kernel_DV.astype(self.dtype)).astype(jnp.float32) + bias_V
+        hidden_BTD, kernel_DV = hidden_BTD.astype(self.dtype), kernel_DV.astype(self.dtype)
+        return jnp.matmul(hidden_BTD, kernel_DV, preferred_element_type=jnp.float32) + bias_V
 
     def score(self, hidden_BTD: Array, targets_BT: Array, table_VD: Array) -> TokenScores:
         """Scores of the targets; the place where an output that never holds [B, T, V] would do its work."""

@@ -40,16 +40,17 @@ def build(config: Config, steps_per_epoch: float) -> tuple[optax.GradientTransfo
 
 
 def _clip(optimizer):
-    if optimizer.clip_value is not None:
-        return optax.clip(optimizer.clip_value)
-    return optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm is not None else optax.identity()
+    if optimizer.clip_norm is not None:
+        return optax.clip_by_global_norm(optimizer.clip_norm)
+    return optax.clip(optimizer.clip_value) if optimizer.clip_value is not None else optax.identity()
 
 
 def is_clipped(optimizer, gradients, global_norm) -> jax.Array:
     """Whether clipping changes these gradients (bool)."""
-    if optimizer.clip_value is not None:
-        return jnp.any(jnp.stack([jnp.any(jnp.abs(g) > optimizer.clip_value) for g in jax.tree.leaves(gradients)]))
-    return global_norm > (jnp.inf if optimizer.clip_norm is None else optimizer.clip_norm)
+    if optimizer.clip_norm is not None:
+        return global_norm > optimizer.clip_norm
+    limit = jnp.inf if optimizer.clip_value is None else optimizer.clip_value
+    return jnp.any(jnp.stack([jnp.any(jnp.abs(gradient) > limit) for gradient in jax.tree.leaves(gradients)]))
 
 
 def _is_matrix(params):
@@ -64,7 +65,10 @@ def _muon(optimizer):
 
     # The factor brings a Muon update's size to Adam's, so that one learning rate serves both (Liu et al. 2025, arXiv:2502.16982).
     muon = optax.chain(
-        optax.contrib.scale_by_muon(beta=optimizer.momentum),
+        optax.contrib.scale_by_muon(
+            beta=optimizer.momentum,
+            weight_dimension_numbers=lambda updates: jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), updates),
+        ),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u: u * 0.2 * math.sqrt(max(u.shape)), updates)),
     )
     return optax.partition({"muon": muon, "adam": optax.scale_by_adam()}, labels)

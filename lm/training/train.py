@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shutil
 import time
 from typing import Any
 
@@ -19,12 +18,14 @@ from lm.models.build import build, count_params, initialise, solve_widths
 from lm.models.language_model import LanguageModel
 from lm.models.ngram import Ngram
 from lm.objectives import causal_language_model
-from lm.parallel import Placement, device_summary
+from lm.parallel import Placement, device_summary, place
 from lm.runs.checkpoint import Checkpoints, check_like
 from lm.runs.folder import RunFolder
 from lm.runs.open import open_run
 from lm.training import optimizer as optimizers
-from lm.training.loop import Progress, run_loop
+from lm.training.loop import run_loop
+from lm.training.metrics import MetricsLog
+from lm.training.progress import Progress
 from lm.training.step import TrainState, initial_state, train_step
 
 
@@ -109,8 +110,8 @@ def _tokenizer_of(config):
     tokenizer = tokenizers.load(run.tokenizer)
     if tokenizer.name != config.data.tokenizer:
         raise UserError(
-            f"config.training.init_from {config.training.init_from!r} has a {tokenizer.name} tokenizer, but config.data.tokenizer is "
-            f"{config.data.tokenizer!r}; make them equal"
+            f"config.training.init_from {config.training.init_from!r} has a {tokenizer.name} tokenizer, but "
+            f"config.data.tokenizer is {config.data.tokenizer!r}; make them equal"
         )
     return tokenizer
 
@@ -163,16 +164,15 @@ def _count(draft, experiment, folder, checkpoints, listener):
 
 def _train(draft, experiment, folder, checkpoints, listener):
     config, model = experiment.config, experiment.model
-    placement = Placement(config.num_devices)
+    placement = place(config)
     placement.check_rows(config.data.batch_size, config.training.num_micro_batches)
     source = batches(config, experiment.train)
     optimizer, schedule = optimizers.build(config, source.steps_per_epoch)
     state, carry, progress, step = _restore(config, model, optimizer, source, checkpoints)
     tokens_per_step = config.data.batch_size * config.data.seq_len
-    out_of_patience = config.training.early_stopping is not None and progress.stalled >= config.training.early_stopping
-    if step < config.training.num_steps and not out_of_patience:
+    if step < config.training.num_steps and not progress.out_of_patience(config.training.early_stopping):
         _begin(draft, experiment, folder, device_summary(placement))
-        log = _Log(folder, step, listener)
+        log = MetricsLog(folder, step, listener.recorded)
         listener.started(experiment, step)
         progress = run_loop(
             config,
@@ -248,32 +248,3 @@ def quick_look(config: Config, model: LanguageModel, valid: Corpus, placement: P
         return {"loss": found["loss"], "perplexity": found["perplexity"], "rows": rows, **windows}
 
     return evaluate
-
-
-class _Log:
-    """metrics.jsonl, and the same scalars as TensorBoard events, both cut back to the step that training goes on from."""
-
-    def __init__(self, folder: RunFolder, step: int, listener: Listener):
-        from tensorboardX import SummaryWriter
-
-        self._folder, self._listener = folder, listener
-        lines = folder.cut_metrics(step)
-        shutil.rmtree(folder.tensorboard, ignore_errors=True)
-        self._events = SummaryWriter(str(folder.tensorboard))
-        for line in lines:
-            self._event(line)
-
-    def record(self, line):
-        self._folder.append_metrics(line)
-        self._event(line)
-        self._listener.recorded(line)
-
-    def _event(self, line):
-        for name, value in line.items():
-            if name not in ("step", "split"):
-                self._events.add_scalar(f"{line['split']}/{name}", value, line["step"])
-        if line["split"] == "valid":
-            self._events.flush()
-
-    def close(self):
-        self._events.close()

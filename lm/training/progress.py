@@ -1,0 +1,37 @@
+"""What a run knows besides its arrays: the best look at valid so far, its patience, the time it took."""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass
+class Progress:
+    """Saved with every checkpoint, as plain values.
+
+    Attributes:
+      best_step, best_loss: of valid so far (nats per token).
+      stalled: looks since the best one.
+      stalled_since_decay: looks since the best one or the last decay of the learning rate.
+      seconds: spent on training steps so far.
+      finished: whether training is over.
+    """
+
+    best_step: int | None = None
+    best_loss: float = math.inf
+    stalled: int = 0
+    stalled_since_decay: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+    def looked(self, step: int, loss: float) -> None:
+        """Notes a look at valid."""
+        if loss < self.best_loss:
+            self.best_step, self.best_loss = step, loss
+            self.stalled = self.stalled_since_decay = 0
+        else:
+            self.stalled += 1
+            self.stalled_since_decay += 1
+
+    def out_of_patience(self, early_stopping: int | None) -> bool:
+        """Whether as many looks in a row as `early_stopping` brought nothing better."""
+        return early_stopping is not None and self.stalled >= early_stopping
