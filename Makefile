@@ -16,7 +16,7 @@ compare: $(VENV)/installed
 	$(VENV)/bin/python -m launch.compare --configs=$(CONFIGS) --workdir=$(RUNS)/compare
 
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

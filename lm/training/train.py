@@ -1,5 +1,6 @@
 """From a config to a finished run: prepares the experiment, takes up what the folder holds, and trains or counts."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -172,23 +173,22 @@ def _train(draft, experiment, folder, checkpoints, listener):
     tokens_per_step = config.data.batch_size * config.data.seq_len
     if step < config.training.num_steps and not progress.out_of_patience(config.training.early_stopping):
         _begin(draft, experiment, folder, device_summary(placement))
-        log = MetricsLog(folder, step, listener.recorded)
         listener.started(experiment, step)
-        progress = run_loop(
-            config,
-            state,
-            carry,
-            progress,
-            step_fn=compile_step(config, model, optimizer, placement),
-            source=source,
-            placement=placement,
-            evaluate=quick_look(config, model, experiment.valid, placement),
-            schedule=schedule,
-            checkpoints=checkpoints,
-            record=log.record,
-            on_step=listener.stepped,
-        )
-        log.close()
+        with contextlib.closing(MetricsLog(folder, step, listener.recorded)) as log:
+            progress = run_loop(
+                config,
+                state,
+                carry,
+                progress,
+                step_fn=compile_step(config, model, optimizer, placement),
+                source=source,
+                placement=placement,
+                evaluate=quick_look(config, model, experiment.valid, placement),
+                schedule=schedule,
+                checkpoints=checkpoints,
+                record=log.record,
+                on_step=listener.stepped,
+            )
         checkpoints.wait()
         step = checkpoints.steps()[-1]
     return Trained(step, progress.best_step, progress.best_loss, step * tokens_per_step, progress.seconds)

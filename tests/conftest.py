@@ -1,0 +1,94 @@
+"""What every test stands on: a clear environment, set before JAX starts, caches of its own, and tiny experiments.
+
+Run `pytest` for one process or `pytest -n 2` for two; each worker then computes on its share of the cores.
+"""
+
+import os
+import shutil
+import tempfile
+
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+
+if _WORKER is None:
+    # What somebody exported for other work must not decide how a test ends. Workers of pytest-xdist inherit the result.
+    for _name in [name for name in os.environ if name.startswith(("JAX_", "XLA_", "PJRT_"))]:
+        del os.environ[_name]
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+    # Nearly all time here goes into compiling small programs that run once. XLA's own passes stay as they are; LLVM hurries.
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    # Token caches, font caches: one folder for all workers and the processes they start, gone at the end.
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lm-tests-cache-")
+else:
+    _share = str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+    for _name in ("PJRT_NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[_name] = _share
+
+import numpy as np  # noqa: E402 (numpy reads its number of threads, and JAX its settings, when it is imported)
+import pytest  # noqa: E402
+
+from lm.config import Config, resolve  # noqa: E402
+
+
+def pytest_unconfigure(config):
+    if _WORKER is None:
+        shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+def pytest_report_header(config):
+    import flax
+    import jax
+
+    return f"jax {jax.__version__}, flax {flax.__version__}, {jax.default_backend()} × {jax.device_count()}"
+
+
+@pytest.fixture
+def rng():
+    """Random numbers in NumPy, the same in every run of a test."""
+    return np.random.default_rng(20)
+
+
+def tiny_config(architecture, **fields):
+    """A resolved config of a model with about two layers of width 8.
+
+    Args:
+      architecture: one of lm.config.NEURAL.
+      fields: values that differ, as section__field; `seed` and other fields at the top by their own name.
+    """
+    config = Config()
+    values = {"model__architecture": architecture, "model__num_layers": 2, "data__batch_size": 4, "data__seq_len": 5}
+    if not {"model__num_params", "model__layer_dims"} & set(fields):
+        values["model__hidden_dim"] = 8
+    if architecture == "transformer":
+        values |= {"model__num_heads": 2, "data__order": "windows"}
+    for name, value in (values | fields).items():
+        section, _, field = name.rpartition("__")
+        setattr(getattr(config, section) if section else config, field, value)
+    return resolve(config)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """`tiny_config`, for tests and for fixtures of any scope."""
+    return tiny_config
+
+
+def draw_params(model, seed=0, scale=0.3):
+    """Random parameters in the shapes of a model, biases too; scales of norms are about one. Compiles nothing."""
+    import jax
+    import jax.numpy as jnp
+
+    from lm.models.build import initialise
+
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        return jnp.asarray(rng.normal(path[-1].key == "scale", scale, leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lambda: initialise(model, 0)))
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """`draw_params`, for tests and for fixtures of any scope."""
+    return draw_params

@@ -1,0 +1,162 @@
+"""Attention against NumPy, forward and backward; who sees whom, token by token; the cache's slots; dropout of weights."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from flax import linen as nn
+
+from lm.models.attention import Attention, attend, empty_slots, places
+
+B, T, D, HEADS = 2, 6, 8, 2
+ZEROS = nn.initializers.zeros  # parameters are always given
+NAMES = {"query": "query", "key": "key", "value": "value", "outward": "out"}
+
+
+def nested(flat):
+    """The reference's flat parameters under our names."""
+    return {ours: {kind: flat[f"{theirs}_{kind}"] for kind in ("kernel", "bias")} for ours, theirs in NAMES.items()}
+
+
+@pytest.mark.parametrize(("window", "rotary"), [(None, False), (None, True), (3, True)])
+def test_attention_and_gradients_equal_numpy(rng, window, rotary):
+    flat = {f"{name}_kernel": rng.normal(0, 0.5, (D, D)).astype(np.float32) for name in NAMES.values()}
+    flat |= {f"{name}_bias": rng.normal(0, 0.5, D).astype(np.float32) for name in NAMES.values()}
+    x, cotangent = (rng.normal(size=(B, T, D)).astype(np.float32) for _ in range(2))
+    attention = Attention(D, HEADS, rotary, ZEROS, ZEROS)
+
+    @jax.jit
+    def run(params, x):
+        def forward(params, x):
+            where, _ = places((B, T), None, None, window)
+            (mixed, _), sown = attention.apply({"params": params}, x, where, mutable=["intermediates"])
+            return mixed, sown["intermediates"]["attention_weights"]
+
+        mixed, backward, (weights,) = jax.vjp(forward, params, x, has_aux=True)
+        return mixed, weights, backward(cotangent)
+
+    mixed, weights, gradients = run(nested(flat), x)
+    want, want_weights, backward = references.attention(flat, x, HEADS, window, rotary)
+    np.testing.assert_allclose(weights, want_weights, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-6)
+    distance = np.arange(T)[:, None] - np.arange(T)
+    unseen = (distance < 0) | (distance >= (window or T))
+    assert np.all(np.asarray(weights)[..., unseen] == 0) and np.all(np.asarray(weights)[..., ~unseen] > 0)
+    np.testing.assert_allclose(mixed, want, rtol=1e-5, atol=3e-6)
+    d_flat, d_x = backward(cotangent)
+    assert jax.tree.structure(gradients) == jax.tree.structure((nested(d_flat), d_x))
+    # The key's bias has no effect, so its true gradient is zero: absolute tolerance, at sums of some dozen terms up to ten.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradients, (nested(d_flat), d_x))
+
+
+def test_dropout_masks_differ_over_rows_heads_and_tokens():
+    """Queries and keys are zero, so weights are even; values are one-hot, so what is mixed shows each weight by itself."""
+    rows, length = 6, 8
+    width = HEADS * length
+    zero, one = {"kernel": np.zeros((width, width)), "bias": np.zeros(width)}, {"kernel": np.eye(width), "bias": np.zeros(width)}
+    attention = Attention(width, HEADS, False, ZEROS, ZEROS, dropout_rate=0.5)
+    x = np.tile(np.eye(length, dtype=np.float32), (rows, 1, HEADS))
+    where, _ = places((rows, length), None, None, None)
+    params = {"query": zero, "key": zero, "value": one, "outward": one}
+
+    def run(x, where, rows_B):
+        mixed, _ = attention.apply({"params": params}, x, where, rows_B=rows_B, train=True, rngs={"dropout": jax.random.key(0)})
+        return np.asarray(mixed).reshape(-1, length, HEADS, length).swapaxes(1, 2)  # [B, H, T, S], as the weights
+
+    weights = run(x, where, None)
+    even = np.tril(np.ones((length, length))) / np.arange(1, length + 1)[:, None]
+    kept = weights != 0
+    np.testing.assert_allclose(weights, np.where(kept, 2 * even, 0), rtol=1e-5)
+    lower = np.tril(np.ones((length, length), bool))
+    assert not kept[..., ~lower].any()
+    share = kept[..., lower]
+    assert abs(share.mean() - 0.5) < 5 * 0.5 / share.size**0.5
+    assert len(np.unique(share.reshape(rows * HEADS, -1), axis=0)) == rows * HEADS  # a mask for each row and head
+    assert len(np.unique(kept[:, :, -2:].reshape(-1, length), axis=0)) > 2 * rows  # and for each token
+    alone = run(x[4:], jax.tree.map(lambda p: p[-1:] if p.shape[0] == rows else p, where), np.array([4, 5]))
+    np.testing.assert_array_equal(alone, weights[4:])
+
+
+def test_a_token_that_sees_nothing_gives_finite_numbers():
+    values = np.arange(6, dtype=np.float32).reshape(1, 3, 1, 2)
+    mixed, weights = attend(values, values, values, np.zeros((1, 3, 3), bool))
+    np.testing.assert_allclose(mixed[0, :, 0], np.tile(values.mean(axis=1)[0], (3, 1)))
+    np.testing.assert_allclose(weights, 1 / 3, rtol=1e-6)
+
+
+# --- who sees whom
+
+
+class Oracle:
+    """What a row's tokens may see, kept as a list of (document, position, identity) with no thought of caches or masks."""
+
+    def __init__(self, window):
+        self.window, self.document, self.seen = window, [], []
+
+    def token(self, identity, starts_document):
+        """Identities that the token sees, itself included, and its position."""
+        if starts_document:
+            self.document = []
+        self.document.append(identity)
+        return set(self.document[-self.window :] if self.window else self.document), len(self.document) - 1
+
+
+@functools.cache
+def compiled_places(window):
+    return jax.jit(lambda segments, slots: places(segments.shape, segments, slots, window))
+
+
+@pytest.mark.parametrize(("window", "num_slots"), [(4, 4), (2, 2), (None, 16), (3, 16)])
+def test_every_token_sees_exactly_what_it_may(window, num_slots):
+    """Random documents and padding, in segments of 5 and of 1; a cached token is known by what was written to its slot."""
+    rng = np.random.default_rng(7)
+    rows, lengths = 6, [5, 1, 5, 5] if num_slots < 16 else [5, 1, 5, 1]
+    slots, contents = empty_slots(rows, num_slots), np.full((rows, num_slots), -1)
+    oracles = [Oracle(window) for _ in range(rows)]
+    identity, seen_before, changes = 0, [False] * rows, 0
+    for length in lengths:
+        segments = rng.choice([0, 0, 1, 1, 1, 2], (rows, length)).astype(np.int32)
+        segments[0], segments[1] = 1, rng.integers(0, 2, length)  # a row without padding, and one with a single document
+        where, slots_after = compiled_places(window)(jnp.asarray(segments), slots)
+        identities = np.arange(identity, identity + rows * length).reshape(rows, length)
+        identity += rows * length
+        keys = np.concatenate([contents, identities], axis=1)
+        for row in range(rows):
+            previous = None
+            for t in range(length):
+                if segments[row, t] == 0:
+                    continue
+                starts = (
+                    previous is not None and segments[row, t] != previous
+                )  # a segment's first document goes on from the carry
+                changes += starts
+                previous = segments[row, t]
+                expected, position = oracles[row].token(identities[row, t], starts)
+                found = set(keys[row, np.asarray(where.visible_BTS)[row, t]])
+                assert found == expected, (row, t)
+                assert where.positions_BT[row, t] == position
+                seen_before[row] = True
+            for t in range(length):  # what a layer would write into its cache
+                if where.slots_BT[row, t] < num_slots:
+                    contents[row, where.slots_BT[row, t]] = identities[row, t]
+        slots = slots_after
+        for row in range(rows):
+            np.testing.assert_array_equal(slots.next_B[row], len(oracles[row].document))
+    assert all(seen_before) and changes > 5
+
+
+def test_slots_by_hand():
+    """Five tokens into a ring of three: the last three stay, position p in slot p % 3; then padding and one more."""
+    where, slots = compiled_places(3)(jnp.ones((1, 5), jnp.int32), empty_slots(1, 3))
+    np.testing.assert_array_equal(where.slots_BT, [[3, 3, 2, 0, 1]])  # 3: nowhere
+    np.testing.assert_array_equal(slots.ordinal_BS, [[4, 5, 3]])
+    np.testing.assert_array_equal(slots.next_B, [5])
+    where, slots = compiled_places(3)(jnp.array([[0, 1]]), slots)
+    np.testing.assert_array_equal(where.slots_BT, [[3, 2]])
+    np.testing.assert_array_equal(slots.ordinal_BS, [[4, 5, 6]])
+    np.testing.assert_array_equal(
+        where.visible_BTS[0, 1], [True, True, False, False, True]
+    )  # slot 2 held position 2, now too far

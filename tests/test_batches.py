@@ -1,0 +1,178 @@
+"""lm.data.batches: batches are pure, streams are contiguous, windows come once an epoch, and prefetching changes nothing."""
+
+import gc
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+from helpers import changed, corpus_of, refused
+
+from lm.config import Config, resolve
+from lm.data.batches import Stream, Windows, batches, prefetch
+
+EOS = 999
+CORPUS = corpus_of(np.arange(101, dtype=np.uint16), vocab_size=1000, eos=EOS)  # each token is its own place
+
+
+def assert_equal(one, other):
+    for name in ("inputs_BT", "targets_BT", "loss_weights_BT", "reset_B", "rows_B"):
+        left, right = getattr(one, name), getattr(other, name)
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right, err_msg=name)
+    assert one.segments_BT is None and other.segments_BT is None
+
+
+@pytest.mark.parametrize("kind", [Stream, Windows])
+def test_a_batch_is_a_pure_function_of_step_and_rows(kind):
+    source, again = (kind(CORPUS, 4, 3, seed=5) for _ in range(2))
+    for step in (0, 7, 3, 29, 8, 1000):
+        whole = source.batch(step, slice(None))
+        assert_equal(whole, again.batch(step, slice(None)))
+        assert (whole.inputs_BT.shape, whole.inputs_BT.dtype) == ((4, 3), np.int32)
+        assert whole.inputs_BT.shape == source.shapes[0] and len(source.shapes) == 1
+        np.testing.assert_array_equal(whole.rows_B, [0, 1, 2, 3])
+        np.testing.assert_array_equal(whole.loss_weights_BT, np.ones((4, 3), np.float32))
+        for rows in (slice(0, 1), slice(1, 3), slice(3, None), slice(0, 4, 2)):
+            part = source.batch(step, rows)
+            np.testing.assert_array_equal(part.rows_B, np.arange(4)[rows])
+            for name in ("inputs_BT", "targets_BT", "loss_weights_BT", "reset_B", "rows_B"):
+                np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[rows])
+
+
+@pytest.mark.parametrize("kind", [Stream, Windows])
+def test_an_input_is_the_token_before_its_target(kind):
+    source = kind(CORPUS, 4, 3, seed=5)
+    for step in range(60):
+        batch = source.batch(step, slice(None))
+        # tokens are their own places, so this holds across steps, windows and rows too; before the first stands eos
+        np.testing.assert_array_equal(batch.inputs_BT, np.where(batch.targets_BT == 0, EOS, batch.targets_BT - 1))
+        np.testing.assert_array_equal(np.diff(batch.targets_BT, axis=1), 1)
+
+
+def test_a_stream_goes_on_where_the_step_before_ended():
+    source = Stream(CORPUS, batch_size=4, seq_len=3, seed=0)  # rows of 25 tokens, 8 steps an epoch
+    assert (source.row_length, source.steps_per_epoch, source.carries) == (25, 8, True)
+    for step in range(24):
+        batch = source.batch(step, slice(None))
+        starts = np.array([0, 25, 50, 75]) + step % 8 * 3
+        np.testing.assert_array_equal(batch.targets_BT, starts[:, None] + np.arange(3))
+        np.testing.assert_array_equal(batch.reset_B, [step % 8 == 0] * 4)
+        assert source.epoch(step) == step // 8
+
+
+def test_a_stream_with_no_token_over():
+    source = Stream(corpus_of(np.arange(24), 1000), batch_size=2, seq_len=4, seed=0)
+    seen = np.concatenate([source.batch(step, slice(None)).targets_BT.ravel() for step in range(source.steps_per_epoch)])
+    np.testing.assert_array_equal(np.sort(seen), np.arange(24))
+
+
+def windows_of(source, first_example, count):
+    """The windows of some examples in order, by their number."""
+    found = []
+    for example in range(first_example, first_example + count):
+        step, row = divmod(example, source.batch_size)
+        batch = source.batch(step, slice(row, row + 1))
+        assert batch.reset_B.all()
+        window, rest = divmod(int(batch.targets_BT[0, 0]), source.seq_len)
+        assert rest == 0
+        found.append(window)
+    return found
+
+
+@pytest.mark.parametrize("batch_size, seq_len", [(4, 3), (5, 7), (1, 10), (3, 1), (2, 50)])
+def test_every_window_comes_once_an_epoch_in_another_order_each(batch_size, seq_len):
+    source = Windows(CORPUS, batch_size, seq_len, seed=1)
+    n = 101 // seq_len
+    assert (source.num_windows, source.steps_per_epoch, source.carries) == (n, n / batch_size, False)
+    epochs = [windows_of(source, epoch * n, n) for epoch in range(3)]
+    for order in epochs:
+        assert sorted(order) == list(range(n))
+    if n > 5:
+        assert len(set(map(tuple, epochs))) == 3
+        assert all(order != sorted(order) for order in epochs)
+    for step in range(3 * n // batch_size):
+        assert source.epoch(step) == step * batch_size // n
+
+
+def test_another_seed_is_another_order():
+    orders = {tuple(windows_of(Windows(CORPUS, 4, 3, seed), 0, 33)) for seed in (0, 1, 2, 2**32 - 1)}
+    assert len(orders) == 4
+
+
+def test_a_single_window():
+    source = Windows(corpus_of(np.arange(9), 1000), batch_size=1, seq_len=5, seed=0)
+    np.testing.assert_array_equal(source.batch(7, slice(None)).targets_BT, [[0, 1, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("kind", [Stream, Windows])
+def test_too_short_a_split_is_refused(kind):
+    assert kind(CORPUS, 20, 5, seed=0).batch(0, slice(None)).targets_BT.shape == (20, 5)
+    with refused("made up holds 101 tokens", "config.data.batch_size 17", "config.data.seq_len 6 = 102"):
+        kind(CORPUS, 17, 6, seed=0)
+
+
+def test_the_config_chooses():
+    for order, kind in (("stream", Stream), ("windows", Windows)):
+        config = resolve(changed(Config(), data__order=order, data__seq_len=5, data__batch_size=3, seed=8))
+        source = batches(config, CORPUS)
+        assert type(source) is kind
+        assert_equal(source.batch(3, slice(None)), kind(CORPUS, 3, 5, 8).batch(3, slice(None)))
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 7])
+def test_prefetching_changes_nothing(depth):
+    assert list(prefetch(lambda step: step * step, 3, 20, depth)) == [step * step for step in range(3, 20)]
+    assert list(prefetch(lambda step: step, 5, 5, depth)) == []
+    assert not threads()
+
+
+def test_prefetching_is_so_many_ahead():
+    made = []
+    running = prefetch(made.append, 0, 100, 3)
+    next(running)
+    for _ in range(100):
+        if len(made) >= 5:
+            break
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(made) == 5  # one taken, three ready, one waiting to be put
+    running.close()
+    made.clear()
+    next(prefetch(made.append, 0, 100, 0))
+    assert made == [0]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_an_error_in_the_making_is_raised_where_the_batch_is_used(depth):
+    def make(step):
+        if step == 4:
+            raise ValueError("step 4 cannot be made")
+        return step
+
+    running = prefetch(make, 0, 10, depth)
+    assert list(itertools.islice(running, 4)) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="step 4"):
+        next(running)
+    assert not threads()
+
+
+def test_an_abandoned_prefetch_ends_its_thread():
+    running = prefetch(lambda step: step, 0, 10**9, 2)
+    next(running)
+    assert len(threads()) == 1
+    running.close()
+    assert not threads()
+
+    running = prefetch(lambda step: step, 0, 10**9, 2)
+    with pytest.raises(RuntimeError, match="given up"):
+        for _ in running:
+            raise RuntimeError("given up")
+    del running
+    gc.collect()
+    assert not threads()

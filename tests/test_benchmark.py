@@ -1,0 +1,179 @@
+"""launch.benchmark: operations counted by hand, the peer in PyTorch against our own steps, what is refused, and the verb."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from helpers import ROOT, corpus_of, draft, refused, write_corpus
+
+from lm.config import resolve
+from lm.data.batches import batches
+from lm.models.build import build
+from lm.parallel import Placement
+from lm.training import benchmark as benchmarks, torch_peer
+from lm.training.benchmark import Trainer, benchmark, flops_per_token
+from lm.training.train import Experiment
+
+V = 11
+
+
+def draft_of(architecture, **fields):
+    """A config of two layers of width 8, in steps of 4 × 6 tokens, whose text does not exist."""
+    values = {} if architecture == "ngram" else {"model__num_layers": 2}
+    if "model__layer_dims" in fields:
+        values |= {"model__num_layers": None, "model__hidden_dim": None}
+    return draft(pathlib.Path("nowhere"), architecture, **values | {"data__seq_len": 6} | fields)
+
+
+UNEQUAL = dict(model__layer_dims=(12, 8), model__embed_dim=6, model__tie_embeddings=False)
+SWIGLU = dict(model__activation="swiglu", model__norm="rms_norm", model__mlp_dim=20)
+ATTENTION, FEED_FORWARD = 4 * 8 * 8, 2 * 8 * 32  # entries of a block's matrices
+
+
+@pytest.mark.parametrize(
+    "architecture, fields, entries, visible_keys",
+    [
+        ("rnn", UNEQUAL, 6 * 12 + 12 * 12 + 12 * 8 + 8 * 8 + 8 * V, 0),
+        ("gru", {}, 2 * (8 + 8) * 3 * 8 + 8 * V, 0),
+        ("lstm", {}, 2 * (8 + 8) * 4 * 8 + 8 * V, 0),
+        ("transformer", {}, 2 * (ATTENTION + FEED_FORWARD) + 8 * V, (1 + 2 + 3 + 4 + 5 + 6) / 6),
+        ("transformer", SWIGLU, 2 * (ATTENTION + 3 * 8 * 20) + 8 * V, 3.5),
+        ("transformer", {"model__positions": "learned"}, 2 * (ATTENTION + FEED_FORWARD) + 8 * V, 3.5),
+        ("transformer", {"model__attention_window": 2}, 2 * (ATTENTION + FEED_FORWARD) + 8 * V, (1 + 2 + 2 + 2 + 2 + 2) / 6),
+        (
+            "transformer",
+            {"model__attention_window": 9, "data__order": "stream"},
+            2 * (ATTENTION + FEED_FORWARD) + 8 * V,
+            9,
+        ),
+    ],
+)
+def test_operations_of_a_token_are_those_counted_by_hand(architecture, fields, entries, visible_keys):
+    expected = 6 * entries + 12 * 2 * 8 * visible_keys
+    assert flops_per_token(resolve(draft_of(architecture, **fields)), V) == pytest.approx(expected)
+
+
+# One simple initialiser for all, larger than usual: quick to compile, and every parameter moves.
+UNIFORM = dict(model__kernel_init="uniform", model__embedding_init="uniform", model__init_scale=0.3)
+SGD = UNIFORM | dict(optimizer__name="sgd", optimizer__learning_rate=0.5, optimizer__clip_norm=0.1)
+RECURRENT = SGD | dict(model__recurrent_init="uniform")
+ADAMW = dict(optimizer__name="adamw", optimizer__learning_rate=0.01, optimizer__weight_decay=0.1)
+
+
+# AdamW on an RNN: a Transformer's key biases have no gradient but rounding, which Adam would blow up to a full step.
+@pytest.mark.parametrize(
+    "architecture, fields",
+    [
+        ("rnn", RECURRENT | UNEQUAL | dict(model__activation="relu")),
+        ("rnn", RECURRENT | ADAMW | dict(model__num_layers=1)),
+        ("gru", RECURRENT | dict(optimizer__weight_decay=0.1, optimizer__warmup_steps=3)),
+        ("lstm", RECURRENT | dict(model__num_layers=1, training__label_smoothing=0.1, optimizer__name="momentum")),
+        ("transformer", SGD | SWIGLU | dict(model__num_layers=1, model__attention_window=4, model__tie_embeddings=False)),
+    ],
+)
+def test_first_loss_and_two_updates_are_those_of_the_peer(architecture, fields):
+    pytest.importorskip("torch")
+    config, placement = resolve(draft_of(architecture, **fields)), Placement(1)
+    corpus = corpus_of(np.random.default_rng(0).integers(0, V, 400), V)
+    trainer = Trainer(Experiment(config, None, corpus, corpus, build(config, V), {}), placement)
+    params = placement.get_state(trainer.state.params)
+    peer = torch_peer.TorchPeer(config, V, params, batches(config, corpus), trainer.learning_rates(2))
+    try:
+        trainer.run(1)
+        assert peer.first_loss() == pytest.approx(trainer.mean_loss(), abs=1e-6)
+        trainer.run(1)
+        peer.run(2)
+    finally:
+        trainer.close()
+        peer.close()
+
+    before = torch_peer.state_dict(params, config.model)
+    ours = torch_peer.state_dict(placement.get_state(trainer.state.params), config.model)
+    theirs = {name: value.numpy() for name, value in peer.model.state_dict().items()}
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(theirs[name], value, rtol=1e-5, atol=2e-6, err_msg=name)
+    moved = [name for name in ours if np.abs(ours[name] - before[name]).max() > 1e-4]
+    assert len(moved) >= 0.7 * len(ours), f"only {moved} moved"
+
+
+def test_a_peer_with_another_first_loss_is_refused():
+    benchmarks._check_same(2.30001, 2.30009, "torch")
+    for theirs in (2.3002, float("nan")):
+        with refused("the first loss is 2.300000 here", "the two models are not the same"):
+            benchmarks._check_same(2.3, theirs, "torch")
+
+
+@pytest.mark.parametrize(
+    "architecture, fields, parts",
+    [
+        ("ngram", {}, ["no training step to measure"]),
+        ("lstm", {"data__batch_size": 0}, ["config.data.batch_size is 0"]),
+        ("lstm", {"num_devices": 999}, ["config.num_devices is 999"]),
+        (
+            "lstm",
+            {"model__dropout_rate": 0.2, "model__weight_drop_rate": 0.5},
+            ["dropout must be off", "set --config.model.dropout_rate=0, --config.model.weight_drop_rate=0"],
+        ),
+        ("lstm", {"optimizer__name": "lion"}, ["config.optimizer.name is 'lion'", "use one of sgd, momentum, adam, adamw"]),
+        ("lstm", {"optimizer__name": "momentum", "optimizer__weight_decay": 0.1}, ["set it to 0 or use adamw"]),
+        ("transformer", {"data__order": "stream", "model__attention_window": 4}, ["set --config.data.order=windows"]),
+        ("lstm", {"compute_dtype": "bfloat16"}, ["set --config.compute_dtype=float32"]),
+        ("lstm", {"training__num_micro_batches": 2}, ["set --config.training.num_micro_batches=1"]),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_sentence(architecture, fields, parts):
+    with refused(*parts):
+        benchmark(draft_of(architecture, **fields), against="torch")
+
+
+def test_a_missing_torch_is_said_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with refused("PyTorch", "install the extra: pip install -e '.[peers]'"):
+        benchmark(draft_of("lstm"), against="torch")
+
+
+CONFIG = """
+import sys, pathlib
+sys.path.insert(0, {tests!r})
+from helpers import draft
+
+def get_config():
+    return draft(pathlib.Path({corpus!r}), "rnn", model__recurrent_init="uniform", model__kernel_init="uniform")
+"""
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # of torch, whose threads wait for each other where tests share the cores
+
+
+def test_the_verb_prints_a_few_lines_and_writes_what_it_measured(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    (tmp_path / "tiny.py").write_text(CONFIG.format(tests=str(ROOT / "tests"), corpus=str(corpus)))
+    peer = ["--against=torch"] if importlib.util.find_spec("torch") else []
+    command = [sys.executable, "-m", "launch.benchmark", f"--config={tmp_path / 'tiny.py'}", "--steps=3", "--rounds=2", *peer]
+    command += ["--allocator=system", "--config.model.hidden_dim=6", f"--json={tmp_path / 'result.json'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ONE_THREAD, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in ("rnn", "system allocator", "first step", "tokens/s", "peak memory", "arithmetic", *(["ratio"] if peer else [])):
+        assert word in done.stdout
+    assert len(done.stdout.splitlines()) < 12
+
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["allocator"] == "system" and result["steps"] == 3 and len(result["load_average"]) == 3
+    assert result["environment"]["jax"] == jax.__version__ and "launch.benchmark" in result["environment"]["command"]
+    assert result["resolved"]["model"]["hidden_dim"] == 6
+    assert 0 < result["memory"]["host_peak_bytes_before_first_step"] <= result["memory"]["host_peak_bytes"]
+    speed, matmul = result["tokens_per_second"], result["matmul"]["flops_per_second"]
+    assert len(speed["rounds"]) == 2 and speed["min"] <= speed["median"] <= speed["max"]
+    assert result["share_of_matmul_peak"] == pytest.approx(result["flops_per_token"] * speed["median"] / matmul)
+    if peer:
+        other = result["against"]
+        assert result["first_loss"] == pytest.approx(other["first_loss"], abs=1e-4)
+        pairs = zip(speed["rounds"], other["tokens_per_second"]["rounds"], strict=True)
+        assert other["ratio"]["rounds"] == pytest.approx([a / b for a, b in pairs], rel=1e-2)
+    else:
+        assert result["against"] is None

@@ -1,0 +1,250 @@
+"""One device = four = eight: training with dropout, resets and uneven weights; rows and state to the devices and back.
+
+The eight devices are emulated, so they live in a process of their own, which this file is when it runs as a script:
+it computes, once, what the tests then look at.
+"""
+
+import functools
+import os
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from lm.errors import UserError
+from lm.parallel import Placement, device_summary, join_rows, split_rows
+
+B, T, V, STEPS, LIMIT = 16, 5, 11, 3, 0.1
+EXPERIMENTS = {
+    "lstm": dict(dropout_rate=0.3, weight_drop_rate=0.3, word_dropout_rate=0.2, variational_dropout=True, init_scale=0.5),
+    "transformer": dict(dropout_rate=0.3, attention_window=4, num_heads=2, init_scale=0.3),
+}
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """What this file, run as a script on eight emulated devices, has found."""
+    path = tmp_path_factory.mktemp("devices") / "found.pickle"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PJRT_")}
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment["PYTHONPATH"] = os.pathsep.join([str(pathlib.Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, __file__, str(path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return pickle.loads(path.read_bytes())
+
+
+# Devices add their parts of a gradient in another order than one device adds its rows. That is float32 rounding, at 6e-8 of
+# terms of order one, and three steps let it grow a little; a mask, weight or reset that differs shows at 1e-2.
+SAME = dict(rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("num_devices", [4, 8])
+@pytest.mark.parametrize("architecture", EXPERIMENTS)
+def test_several_devices_equal_one(emulated, architecture, num_devices):
+    """Four devices take two micro-batches each as well."""
+    one, several = emulated[architecture][1], emulated[architecture][num_devices]
+    for step in range(STEPS):
+        for name, want in one["log_sums"][step].items():
+            np.testing.assert_allclose(
+                several["log_sums"][step][name], want, rtol=2e-6, atol=1e-6, err_msg=f"{name} of step {step + 1}"
+            )
+    for part in ("params", "carry"):
+        assert jax.tree.structure(one[part]) == jax.tree.structure(several[part])
+        jax.tree.map(functools.partial(np.testing.assert_allclose, **SAME), several[part], one[part])
+
+
+@pytest.mark.parametrize("architecture", EXPERIMENTS)
+def test_the_steps_compared_were_real_ones(emulated, architecture):
+    """Parameters move, every step is clipped, weights are uneven, and dropout makes a difference."""
+    found = emulated[architecture]
+    last = found[1]["log_sums"][-1]
+    assert last["steps"] == STEPS and last["clipped"] == STEPS and last["non_finite_step"] == 0
+    np.testing.assert_allclose(last["update_norm"], LIMIT * STEPS, rtol=1e-5)  # at rate one
+    np.testing.assert_allclose(last["weight"], found["weight"], rtol=1e-6)
+    assert abs(found["loss without dropout"] - found[1]["log_sums"][0]["loss"]) > 0.1
+
+
+def test_a_carry_of_eight_devices_goes_on_on_two(emulated):
+    for name, want in emulated["lstm"]["one more step on 8"].items():
+        np.testing.assert_allclose(emulated["lstm"]["one more step on 2"][name], want, rtol=2e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+def test_what_goes_to_the_devices_comes_back(emulated, num_devices):
+    sent, found = emulated["tree"], emulated["round trips"][num_devices]
+    for name in ("state", "rows"):
+        assert set(found[name]) == set(sent)
+        for key, want in sent.items():
+            if key == "scalar" and name == "rows":
+                continue
+            assert type(found[name][key]) is np.ndarray and found[name][key].dtype == want.dtype
+            np.testing.assert_array_equal(found[name][key], want)
+    assert found["nothing"] is None
+    assert found["still"] == 7  # what came back is a copy: writing into it does not reach the device, nor the other way
+    # device i holds rows i * B / n ... in order
+    for i, rows in enumerate(found["shards"]):
+        np.testing.assert_array_equal(np.ravel(rows), np.arange(B)[i * B // num_devices : (i + 1) * B // num_devices])
+
+
+def test_rows_that_do_not_divide_name_a_number_that_does(emulated):
+    for (num_devices, parts, rows), sentence in emulated["check_rows"].items():
+        if rows % (num_devices * parts) == 0:
+            assert sentence is None
+            continue
+        assert f"config.data.batch_size is {rows}, which {num_devices} devices" in sentence
+        named = int(re.search(r"; (\d+) would work$", sentence)[1])
+        assert named > 0 and named % (num_devices * parts) == 0
+        assert abs(named - rows) <= num_devices * parts
+
+
+def test_more_devices_than_there_are_is_one_clear_sentence(emulated):
+    assert "config.num_devices is 9, but JAX sees 8 devices (cpu)" in emulated["too many"]
+    assert "XLA_FLAGS=--xla_force_host_platform_device_count=9" in emulated["too many"]
+
+
+# --- on the one device of this process
+
+
+def test_asking_for_two_of_one_device():
+    with pytest.raises(UserError, match=r"config.num_devices is 2, but JAX sees 1 device \(cpu\); set it to at most that"):
+        Placement(2)
+
+
+def test_one_device_checks_micro_batches_too():
+    placement = Placement(1)
+    placement.check_rows(6, 3)
+    with pytest.raises(UserError, match=r"batch_size is 7, which 1 devices × 3 micro-batches do not divide; 6 would work"):
+        placement.check_rows(7, 3)
+    assert device_summary(placement)["platform"] == "cpu" and device_summary(placement)["num_devices"] == 1
+
+
+def test_splitting_rows_keeps_their_order():
+    rows = {"a": np.arange(24).reshape(6, 4), "b": np.arange(6)}
+    parts = split_rows(rows, 3)
+    np.testing.assert_array_equal(parts["a"][1], rows["a"][2:4])
+    np.testing.assert_array_equal(parts["b"], [[0, 1], [2, 3], [4, 5]])
+    for name, array in join_rows(parts).items():
+        np.testing.assert_array_equal(array, rows[name])
+
+
+# --- what runs on eight devices
+
+
+def batches():
+    """Four batches of uneven weights (rows that end early, one that never counts), with rows that are reset."""
+    from lm.data.batches import Batch
+
+    rng = np.random.default_rng(5)
+    for _ in range(STEPS + 1):
+        inputs, targets = (rng.integers(0, V, (B, T)).astype(np.int32) for _ in range(2))
+        loss_weights = (rng.uniform(0, 2, (B, T)) * (np.arange(T) < rng.integers(1, T + 1, (B, 1)))).astype(np.float32)
+        loss_weights[3] = 0
+        yield Batch(inputs, targets, loss_weights, None, rng.random(B) < 0.3, np.arange(B, dtype=np.int32))
+
+
+def train_everywhere(architecture, found):
+    from lm.config import Config, resolve
+    from lm.models.build import build, initialise
+    from lm.objectives import causal_language_model, reset_rows
+    from lm.training import optimizer as optimizers
+    from lm.training.step import initial_state, train_step
+
+    draft = Config()
+    draft.model.architecture, draft.model.num_layers, draft.model.hidden_dim, draft.data.batch_size = architecture, 1, 8, B
+    draft.optimizer.name, draft.optimizer.learning_rate, draft.optimizer.clip_norm = "sgd", 1.0, LIMIT
+    for name, value in EXPERIMENTS[architecture].items():
+        setattr(draft.model, name, value)
+    config = resolve(draft)
+    model = build(config, V)
+    optimizer, _ = optimizers.build(config, steps_per_epoch=10)
+    params = jax.jit(functools.partial(initialise, model))(0)
+    # On the host: a step reuses the buffers of what it is given, and each placement is to start from the same numbers.
+    start, carry = jax.device_get((initial_state(params, optimizer), model.initial_carry(B)))
+    if architecture == "lstm":
+        rng = np.random.default_rng(6)
+        carry = jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), carry)
+
+    @functools.cache
+    def compiled(num_devices, num_micro_batches):
+        placement = Placement(num_devices)
+        placement.check_rows(B, num_micro_batches)
+        step = functools.partial(
+            train_step,
+            objective=causal_language_model(model),
+            optimizer=optimizer,
+            settings=config.optimizer,
+            total=placement.total,
+            seed=config.seed,
+            num_micro_batches=num_micro_batches,
+        )
+        return placement, placement.compile(step, donate=(0, 1))
+
+    def run(num_devices, num_micro_batches, state, carry, rows):
+        (placement, step), log_sums = compiled(num_devices, num_micro_batches), []
+        state, carry = placement.put_state(state), placement.put_rows(carry)
+        for batch in rows:
+            state, carry = step(state, carry, placement.put_rows(batch))
+            log_sums.append(placement.get_state(state.log_sums))
+        return placement.get_state(state), placement.get_rows(carry), log_sums
+
+    *rows, last = batches()
+    for num_devices, num_micro_batches in ((1, 1), (4, 2), (8, 1)):
+        state, after, log_sums = run(num_devices, num_micro_batches, start, carry, rows)
+        found[num_devices] = {"params": state.params, "carry": after, "log_sums": log_sums}
+    if architecture == "lstm":
+        for num_devices in (2, 8):
+            found[f"one more step on {num_devices}"] = run(num_devices, 1, state, after, [last])[2][0]
+    found["weight"] = sum(batch.loss_weights_BT.sum() for batch in rows)
+    plain = jax.jit(lambda params, carry, batch: causal_language_model(model)(params, carry, batch, None, False)[0])
+    sums = plain(start.params, reset_rows(carry, rows[0].reset_B), rows[0])
+    found["loss without dropout"] = float(sums["loss"])
+
+
+def sentence_of(function, *arguments):
+    try:
+        function(*arguments)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def compute():
+    """Everything that the tests look at."""
+    assert jax.device_count() == 8
+    found = {"round trips": {}}
+    for architecture in EXPERIMENTS:
+        train_everywhere(architecture, found.setdefault(architecture, {}))
+    rng = np.random.default_rng(0)
+    tree = {
+        "matrix": rng.normal(size=(B, 3, 2)).astype(np.float32),
+        "whole": np.arange(B, dtype=np.int32),
+        "flag": rng.random(B) < 0.5,
+    }
+    found["tree"] = {**tree, "scalar": np.asarray(2.5, np.float32)}
+    for num_devices in (1, 2, 8):
+        placement = Placement(num_devices)
+        rows = placement.put_rows(tree)
+        back = placement.get_rows(rows)
+        back["whole"] += 1
+        state = placement.put_state(found["tree"])
+        copied = placement.get_state(placement.put_state({"a": np.full(3, 7)}))["a"]
+        found["round trips"][num_devices] = {
+            "state": placement.get_state(state),
+            "rows": placement.get_rows(rows) | {"scalar": None},
+            "nothing": placement.get_rows(placement.put_rows(None)),
+            "shards": [np.asarray(shard.data) for shard in rows["whole"].addressable_shards],
+            "still": int(copied[0]),
+        }
+    cases = [(n, parts, rows) for n in (2, 8) for parts in (1, 3) for rows in (1, 5, 12, 24, 47, 48, 100)]
+    found["check_rows"] = {case: sentence_of(Placement(case[0]).check_rows, case[2], case[1]) for case in cases}
+    found["too many"] = sentence_of(Placement, 9)
+    return found
+
+
+if __name__ == "__main__":
+    pathlib.Path(sys.argv[1]).write_bytes(pickle.dumps(compute()))

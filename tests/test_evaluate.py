@@ -1,0 +1,238 @@
+"""lm.evaluation.evaluate: a figure is stored with its protocol, under a name that tells, and test is scored once."""
+
+import dataclasses
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+from helpers import draft, refused, untrained_run, write_corpus
+
+from lm.config import Config, resolve
+from lm.data import tokenizers
+from lm.evaluation import evaluate
+from lm.evaluation.evaluate import evaluate_run
+from lm.runs.folder import RunFolder
+from lm.runs.open import open_run
+
+FIELDS = {"loss", "perplexity", "bits_per_byte", "word_perplexity", "nll_sum", "split", "text", "tokens", "bytes", "words"}
+FIELDS |= {"text_sha256", "tokenizer", "protocol", "checkpoint", "seconds", "times_scored"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"), train=60, valid=10, test=12)
+
+
+@pytest.fixture(scope="module")
+def lstm(corpus, tmp_path_factory):
+    """A folder with the checkpoints 1 (the best) and 2."""
+    return untrained_run(draft(corpus, evaluation__rows=3), tmp_path_factory.mktemp("lstm"), scale=4.0, steps=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def ngram(corpus, tmp_path_factory):
+    return untrained_run(draft(corpus, "ngram", model__ngram_order=3, data__tokenizer="word"), tmp_path_factory.mktemp("ngram"))
+
+
+@pytest.fixture
+def never(monkeypatch):
+    """Scoring fails the test."""
+    return lambda: monkeypatch.setattr(evaluate, "token_losses", lambda *args: pytest.fail("it was scored again"))
+
+
+def stored(workdir, name):
+    record = json.loads((workdir / "evaluation" / f"{name}.json").read_text())
+    with np.load(workdir / "evaluation" / f"{name}.npz") as arrays:
+        return record, arrays["targets"], arrays["nll"]
+
+
+def test_a_figure_is_stored_with_its_protocol_and_can_be_recomputed(lstm, corpus):
+    told = []
+    found = evaluate_run(open_run(str(lstm)), "valid", progress=lambda scored, total: told.append((scored, total)))
+    record, targets, nll = stored(lstm, "valid")
+    assert {**record, "name": "valid", "stored": False} == found
+    assert set(record) == FIELDS
+
+    text = (corpus / "valid.txt").read_text()
+    split = open_run(str(lstm)).facts["splits"]["valid"]
+    assert (record["split"], record["text"], record["text_sha256"]) == ("valid", str(corpus / "valid.txt"), split)
+    assert (record["tokens"], record["bytes"], record["words"]) == (len(text), len(text.encode()), len(text.split()))
+    tokenizer = tokenizers.load(lstm / "tokenizer.json")
+    assert record["tokenizer"] == {"name": "char", "sha256": tokenizers.sha256(tokenizer), "vocab_size": tokenizer.vocab_size}
+    assert record["protocol"] == {"context": None, "stride": None, "precision": "float32", "adaptation": None}
+    assert record["checkpoint"] == {"step": 1, "which": "best"}
+    assert {total for _, total in told} == {len(text)} and sum(scored for scored, _ in told) == len(text)
+
+    assert (targets.dtype, nll.dtype) == (np.int32, np.float32)
+    assert tokenizer.decode(targets) == text
+    total = math.fsum(map(float, nll))
+    assert record["nll_sum"] == pytest.approx(total, rel=1e-12)
+    assert record["loss"] == pytest.approx(total / len(text), rel=1e-12)
+    assert record["perplexity"] == pytest.approx(math.exp(total / len(text)), rel=1e-12)
+    assert record["bits_per_byte"] == pytest.approx(total / math.log(2) / len(text.encode()), rel=1e-12)
+    assert record["word_perplexity"] == pytest.approx(math.exp(total / len(text.split())), rel=1e-9)
+
+
+def test_test_is_scored_once(lstm, never):
+    first = evaluate_run(open_run(str(lstm)))
+    assert (first["split"], first["stored"], first["times_scored"]) == ("test", False, 1)
+    before = (lstm / "evaluation" / "test.json").read_bytes()
+    never()
+    again = evaluate_run(open_run(str(lstm)), "test")
+    assert again["stored"] is True and again["times_scored"] == 1
+    assert {**again, "stored": False} == first
+    assert (lstm / "evaluation" / "test.json").read_bytes() == before
+
+
+def test_a_corpus_that_has_moved_is_the_same_text(lstm, corpus, tmp_path, never):
+    evaluate_run(open_run(str(lstm)))
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_bytes((corpus / f"{name}.txt").read_bytes())
+    never()
+    assert evaluate_run(open_run(str(lstm)), data_path=str(tmp_path))["times_scored"] == 1
+
+
+def test_what_is_not_the_run_s_own_figure_has_a_name_that_says_so(lstm, corpus, tmp_path):
+    run, latest, second = (open_run(str(lstm), step) for step in ("best", "latest", "2"))
+    (tmp_path / "my text (1).txt").write_text("a cat\n")
+    names = [
+        evaluate_run(run, "valid", context=8, stride=4)["name"],
+        evaluate_run(run, "valid", context=8)["name"],
+        evaluate_run(latest, "valid")["name"],
+        evaluate_run(second, "valid", context=8)["name"],
+        evaluate_run(run, text=str(tmp_path / "my text (1).txt"))["name"],
+        evaluate_run(latest, text=str(tmp_path / "my text (1).txt"))["name"],
+    ]
+    assert names == [
+        "valid.context-8-stride-4",
+        "valid.context-8-stride-2",
+        "valid.step-2",
+        "valid.step-2.context-8-stride-2",
+        "text-my-text-1-.txt",
+        "text-my-text-1-.txt.step-2",
+    ]
+    for name in names:
+        record, _, nll = stored(lstm, name)
+        assert record["nll_sum"] == pytest.approx(math.fsum(map(float, nll)), rel=1e-12)
+    assert stored(lstm, names[0])[0]["protocol"] == {"context": 8, "stride": 4, "precision": "float32", "adaptation": None}
+    assert stored(lstm, names[2])[0]["checkpoint"] == {"step": 2, "which": "latest"}
+    losses = {stored(lstm, name)[0]["loss"] for name in ("valid.context-8-stride-4", "valid.context-8-stride-2")}
+    assert len(losses) == 2  # another context is another figure
+
+
+def test_a_config_with_windows_asks_for_them(corpus, tmp_path, never):
+    config = draft(corpus, "rnn", evaluation__context=16, evaluation__stride=4)
+    run = open_run(str(untrained_run(config, tmp_path)))
+    found = evaluate_run(run, "valid")
+    assert found["name"] == "valid" and (found["protocol"]["context"], found["protocol"]["stride"]) == (16, 4)
+    assert evaluate_run(run, "valid", context=16, stride=8)["name"] == "valid.context-16-stride-8"
+    never()
+    assert evaluate_run(run, "valid", context=16, stride=4)["stored"]  # the config's own
+    assert evaluate_run(run, "valid", context=16)["stored"]  # a quarter is what is usual
+    assert evaluate_run(run, "valid")["stored"]
+
+
+def test_windows_longer_than_the_learned_positions_are_refused(corpus, tmp_path):
+    learned = draft(corpus, "transformer", model__positions="learned", model__max_positions=16)
+    with refused("a text of 20 tokens is longer than model.max_positions 16"):
+        evaluate_run(open_run(str(untrained_run(learned, tmp_path))), "valid", context=20)
+
+
+def test_any_text_can_be_scored_with_the_run_s_tokenizer(ngram, tmp_path):
+    (tmp_path / "other.txt.gz").write_bytes(gzip.compress(b"the cat xyzzy\n\nsat"))
+    run = open_run(str(ngram))
+    found = evaluate_run(run, text=str(tmp_path / "other.txt.gz"))
+    record, targets, nll = stored(ngram, "text-other.txt.gz")
+    assert (found["split"], found["tokens"], found["bytes"], found["words"]) == ("text", 7, 18, 4)
+    symbols = [run.tokenizer.symbols[i] for i in targets]
+    assert symbols == ["the", "cat", "<unk>", "<eos>", "<eos>", "sat", "<eos>"]
+    assert record["protocol"]["precision"] == "float64" and len(nll) == 7
+    # the same text scored as a split of the run gives the same figure
+    assert evaluate_run(run, text=str(tmp_path / "other.txt.gz"))["stored"]
+    (tmp_path / "other.txt.gz").write_bytes(gzip.compress(b"the dog\n"))
+    changed = evaluate_run(run, text=str(tmp_path / "other.txt.gz"))
+    assert (changed["stored"], changed["tokens"], changed["times_scored"]) == (False, 3, 2)
+
+
+def test_the_text_of_a_split_is_the_split(ngram, corpus):
+    run = open_run(str(ngram))
+    split, text = evaluate_run(run, "valid"), evaluate_run(run, text=str(corpus / "valid.txt"))
+    assert split["nll_sum"] == text["nll_sum"] and split["text_sha256"] == text["text_sha256"]
+    assert split["tokens"] == split["words"] + 10  # one eos a line
+
+
+def test_another_text_than_the_run_was_made_for_is_refused(corpus, tmp_path):
+    own = write_corpus(tmp_path / "own", train=60, valid=10, test=12)
+    run = open_run(str(untrained_run(draft(own, "ngram"), tmp_path / "run")))
+    (own / "test.txt").write_text("something else\n")
+    with refused("the test text of", str(own / "test.txt"), "is not the one this run was made for", "--data_path", "--text"):
+        evaluate_run(run, "test")
+    assert evaluate_run(run, "test", data_path=str(corpus))["stored"] is False  # the same text stands there
+    with refused("the test text of", "is not the one"):
+        evaluate_run(run, "test", data_path=str(own))
+
+
+def test_another_checkpoint_or_protocol_is_not_taken_for_the_stored_one(corpus, tmp_path):
+    run = open_run(str(untrained_run(draft(corpus, "ngram"), tmp_path)))
+    first = evaluate_run(run, "valid")
+    path = tmp_path / "evaluation" / "valid.json"
+    record = json.loads(path.read_text())
+    for change in (
+        {"checkpoint": {"step": 9, "which": "best"}},
+        {"text_sha256": "another"},
+        {"protocol": {**record["protocol"], "precision": "bfloat16"}},
+        {"tokenizer": {**record["tokenizer"], "sha256": "another"}},
+        {"tokens": 1},
+    ):
+        path.write_text(json.dumps({**record, **change}))
+        again = evaluate_run(run, "valid")
+        assert again["stored"] is False and again["times_scored"] == 2, change
+        assert again["loss"] == first["loss"]
+    path.write_text("{damaged")
+    with refused(str(path), "is damaged"):
+        evaluate_run(run, "valid")
+
+
+def test_bad_values_are_refused(lstm, tmp_path):
+    run = open_run(str(lstm))
+    with refused("--split=dev is not a split", "train, valid, test"):
+        evaluate_run(run, "dev")
+    with refused("--text=nowhere.txt is not a file"):
+        evaluate_run(run, text="nowhere.txt")
+    with refused("is not a file"):
+        evaluate_run(run, text="x" * 5000)
+    with refused(f"--text={tmp_path} is not a file"):
+        evaluate_run(run, text=str(tmp_path))
+    with refused("--stride is set without --context"):
+        evaluate_run(run, stride=3)
+    with refused("--stride=9", "at most --context=8", "left out"):
+        evaluate_run(run, context=8, stride=9)
+    with refused("--stride=0", "at least 1"):
+        evaluate_run(run, context=8, stride=0)
+    for context in (0, -8):
+        with refused(f"--context={context} must be at least 1"):
+            evaluate_run(run, context=context)
+    with refused(f"config.data.path '{tmp_path / 'x'}' does not exist"):
+        evaluate_run(run, data_path=str(tmp_path / "x"))
+    with refused("--data_path is set", "'python_docs'", "has no path"):
+        evaluate_run(dataclasses.replace(run, config=resolve(Config())), data_path=str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_written(ngram, corpus, tmp_path):
+    run = open_run(str(untrained_run(draft(corpus, "ngram"), tmp_path)))
+    (tmp_path / "evaluation").write_text("in the way")
+    with refused(str(tmp_path / "evaluation"), "cannot be"):
+        evaluate_run(run, "valid")
+
+
+def test_opening_a_run(lstm, tmp_path):
+    run = open_run(str(lstm))
+    assert (run.step, run.which, run.config.model.hidden_dim) == (1, "best", 8)
+    assert run.facts["vocab_size"] == run.tokenizer.vocab_size == run.params["embedding"]["table"].shape[0]
+    with refused(str(tmp_path), "holds no run"):
+        open_run(str(tmp_path))
+    RunFolder(tmp_path).write_config(draft(tmp_path), run.config, run.facts)
+    with refused(str(tmp_path), "has no checkpoint yet", "train it first"):
+        open_run(str(tmp_path))

@@ -1,0 +1,381 @@
+"""Training to the end: broken off anywhere, by whatever, a run ends bit for bit as if it had not been; and when it ends early."""
+
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from helpers import ROOT, changed, compilations_shared, config_file, draft, refused, write_corpus
+
+from lm.runs.checkpoint import Checkpoints
+from lm.runs.folder import RunFolder
+from lm.runs.open import open_run
+from lm.training import train as training
+from lm.training.train import Listener, train
+
+TIMINGS = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared(tmp_path_factory):
+    with compilations_shared(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """About 600 characters in train, so that an epoch ends within the runs."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"), train=40, valid=8, test=8)
+
+
+def lstm(corpus, **fields):
+    """Streamed, with every kind of dropout, and a learning rate that falls when valid stalls."""
+    values = dict(
+        model__dropout_rate=0.3,
+        model__word_dropout_rate=0.1,
+        model__weight_drop_rate=0.2,
+        model__variational_dropout=True,
+        optimizer__learning_rate=0.2,
+        optimizer__schedule="plateau",
+        optimizer__decay_factor=0.3,  # no binary fraction
+        evaluation__rows=2,
+        seed=3,
+    )
+    return draft(corpus, "lstm", **(values | INTERVALS | fields))
+
+
+def transformer(corpus, **fields):
+    """Over shuffled windows, with a cosine and two micro-batches."""
+    values = dict(
+        model__dropout_rate=0.2,
+        optimizer__learning_rate=0.02,
+        optimizer__schedule="cosine",
+        optimizer__warmup_steps=3,
+        training__num_micro_batches=2,
+        evaluation__rows=8,
+    )
+    return draft(corpus, "transformer", **(values | INTERVALS | fields))
+
+
+INTERVALS = dict(
+    training__num_steps=60, training__log_every_steps=3, training__evaluate_every_steps=7, training__checkpoint_every_steps=4
+)
+
+
+def without_timings(record):
+    return {name: value for name, value in record.items() if name not in TIMINGS}
+
+
+def outcome(workdir):
+    """All that a run has left, but for timings: metrics, and of each checkpoint every array and the progress."""
+    import orbax.checkpoint as ocp
+
+    folder = RunFolder(workdir)
+    checkpoints = Checkpoints(folder.checkpoints)
+    found = {"metrics": [without_timings(line) for line in folder.read_metrics()], "steps": checkpoints.steps()}
+    for step in checkpoints.steps():
+        assert checkpoints.damage(step) is None
+        found[step, "progress"] = without_timings(checkpoints.progress(step))
+        for item in ("params", "training"):
+            with ocp.PyTreeCheckpointer() as reader:
+                tree = reader.restore((folder.checkpoints / str(step) / item).absolute())
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                found[step, item, jax.tree_util.keystr(path)] = (
+                    np.asarray(leaf).dtype,
+                    np.shape(leaf),
+                    np.asarray(leaf).tobytes(),
+                )
+    return found
+
+
+def assert_same_outcome(one, other):
+    assert set(one) == set(other)
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+class Interrupted(Exception):
+    pass
+
+
+class StopAt(Listener):
+    """Breaks training off right after a step was sent to the devices, before anything is written about it."""
+
+    def __init__(self, step):
+        self.step, self.begun_at = step, None
+
+    def started(self, experiment, step):
+        self.begun_at = step
+
+    def stepped(self, step):
+        if step == self.step:
+            raise Interrupted
+
+
+def interrupt(config, workdir, at):
+    """Trains until it is broken off; returns the step at which it had begun."""
+    listener = StopAt(at)
+    with pytest.raises(Interrupted):
+        train(config, str(workdir), listener)
+    return listener.begun_at
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """Each experiment run in one go: its config and its folder."""
+    found = {}
+    for name, config in (("lstm", lstm(corpus)), ("transformer", transformer(corpus))):
+        found[name] = config, tmp_path_factory.mktemp(name)
+        train(config, str(found[name][1]))
+    return found
+
+
+def test_an_uninterrupted_run_is_what_its_config_says(runs):
+    for config, workdir in runs.values():
+        lines = list(RunFolder(workdir).read_metrics())
+        assert [line["step"] for line in lines if line["split"] == "train"] == list(range(3, 61, 3))
+        assert [line["step"] for line in lines if line["split"] == "valid"] == [*range(7, 60, 7), 60]
+        for line in lines:
+            assert line["tokens"] == line["step"] * 32 and line["perplexity"] == pytest.approx(math.exp(line["loss"]))
+        fields = {"gradient_norm", "clipped_share", "update_norm", "learning_rate", "epoch", *TIMINGS}
+        assert all(fields <= set(line) for line in lines if line["split"] == "train")
+        assert lines[-1]["epoch"] >= 2
+        valid = {line["step"]: line["loss"] for line in lines if line["split"] == "valid"}
+        best = min(valid, key=valid.get)
+        progress = Checkpoints(workdir / "checkpoints").progress(60)
+        assert (progress["best_step"], progress["best_loss"], progress["finished"]) == (best, valid[best], True)
+        assert Checkpoints(workdir / "checkpoints").steps() == sorted({best, 56, 60})
+        assert lines[0]["loss"] > valid[best]  # it learns
+        assert len(list((workdir / "tensorboard").iterdir())) == 1
+        if config.optimizer.schedule == "plateau":
+            assert lines[-2]["learning_rate"] < 0.2  # what falls must stay so after an interruption
+
+
+def test_broken_off_anywhere_a_streamed_lstm_ends_the_same(runs, tmp_path, caplog, monkeypatch):
+    config, whole = runs["lstm"]
+    began = {}
+    for at in (2, 6, 8, 15, 31):  # before the first checkpoint, on and between logs, looks and checkpoints
+        began[at] = interrupt(config, tmp_path, at)
+    assert began == {2: 0, 6: 0, 8: 4, 15: 7, 31: 14}
+
+    # the latest checkpoint is damaged too: the one before takes its place
+    (latest, before) = reversed(Checkpoints(tmp_path / "checkpoints").steps()[-2:])
+    assert (latest, before) == (28, 24)
+    (tmp_path / "checkpoints" / "28" / "progress.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.getLogger("lm"), "propagate", True)
+        assert interrupt(config, tmp_path, 50) == 24
+    assert "going on from step 24" in caplog.text
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 50, "split": "tr')  # as if killed while writing
+    train(config, str(tmp_path))
+    assert_same_outcome(outcome(whole), outcome(tmp_path))
+
+
+def test_broken_off_anywhere_a_transformer_over_windows_ends_the_same(runs, tmp_path):
+    config, whole = runs["transformer"]
+    for at in (9, 23):
+        interrupt(config, tmp_path, at)
+    train(config, str(tmp_path))
+    assert_same_outcome(outcome(whole), outcome(tmp_path))
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def launched(config_path, workdir):
+    command = [sys.executable, "-m", "launch.train", f"--config={config_path}", f"--workdir={workdir}"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_checkpoints(process, workdir, number):
+    """Waits until so many checkpoints were ever finished."""
+    for _ in range(20_000):
+        finished = list((workdir / "checkpoints").glob("[0-9]*/manifest.json")) if (workdir / "checkpoints").exists() else []
+        if max((int(path.parent.name) for path in finished), default=0) >= number:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    pytest.fail("no checkpoint within minutes")
+
+
+@pytest.mark.parametrize("name", ["lstm", "transformer"])
+def test_killed_at_any_moment_a_run_ends_the_same(name, runs, tmp_path):
+    """With SIGKILL, through the verb; the LSTM before that with Ctrl-C. The end is trained in this process."""
+    config, whole = runs[name]
+    path, workdir = config_file(tmp_path / "config.py", config), tmp_path / "run"
+    if name == "lstm":
+        with launched(path, workdir) as process:
+            wait_for_checkpoints(process, workdir, 4)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate()
+        assert process.returncode == 130 and "interrupted" in err and "goes on from the last checkpoint" in err
+        assert "Traceback" not in err
+    with launched(path, workdir) as process:
+        wait_for_checkpoints(process, workdir, 14)
+        time.sleep(time.time() % 0.1)  # anywhere between two checkpoints, or within one
+        process.kill()
+    assert process.returncode == -signal.SIGKILL  # it was not done yet
+    assert 14 <= Checkpoints(workdir / "checkpoints").latest_sound() < 60
+    train(config, str(workdir))
+    assert_same_outcome(outcome(whole), outcome(workdir))
+    assert not list((workdir / "checkpoints").glob("*.partial"))
+
+
+def test_a_finished_run_is_left_as_it_is(runs, monkeypatch):
+    class Never(Listener):
+        def started(self, experiment, step):
+            pytest.fail("training began")
+
+    for config, workdir in runs.values():
+        before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"}
+        result = train(config, str(workdir), Never())
+        assert (result.step, result.tokens) == (60, 60 * 32)
+        assert result.best_loss == Checkpoints(workdir / "checkpoints").progress(60)["best_loss"]
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_more_steps_go_on_as_if_meant_from_the_start(runs, corpus, tmp_path):
+    assert train(lstm(corpus, training__num_steps=21), str(tmp_path)).step == 21
+    assert train(runs["lstm"][0], str(tmp_path)).step == 60
+    assert_same_outcome(outcome(runs["lstm"][1]), outcome(tmp_path))
+    assert RunFolder(tmp_path).read_config()[0].training.num_steps == 60
+
+    with refused("another experiment", "training.num_steps: 60 then, 70 now"):  # a cosine has seen its end
+        train(transformer(corpus, training__num_steps=70), str(runs["transformer"][1]))
+
+
+def test_another_experiment_is_refused(runs, corpus, tmp_path):
+    config, workdir = runs["lstm"]
+    other = write_corpus(tmp_path / "corpus", train=41, valid=8, test=8)
+    with refused(str(workdir), "splits: "):
+        train(lstm(other), str(workdir))
+    for fields, sentence in (
+        (dict(seed=4), "seed: 3 then, 4 now"),
+        (dict(model__hidden_dim=12), "model.hidden_dim: 8 then, 12 now"),
+        (dict(optimizer__learning_rate=0.1), "optimizer.learning_rate: 0.2 then, 0.1 now"),
+    ):
+        with refused(str(workdir), sentence):
+            train(lstm(corpus, **fields), str(workdir))
+    with RunFolder(workdir).locked(), refused(str(workdir), "in use"):
+        train(config, str(workdir))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(corpus, tmp_path, monkeypatch):
+    """One batch is poisoned: the run names the step, and its checkpoints are from before."""
+    config = lstm(corpus, training__num_steps=15)
+    whole = training.batches
+
+    def poisoned(*args):
+        source = whole(*args)
+        make = source.batch
+
+        def batch(step, rows):
+            found = make(step, rows)
+            return found.replace(loss_weights_BT=found.loss_weights_BT * np.nan) if step + 1 == 11 else found
+
+        source.batch = batch
+        return source
+
+    closed, close = [], training.MetricsLog.close
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "batches", poisoned)
+        patch.setattr(training.MetricsLog, "close", lambda log: closed.append(close(log)))
+        with refused(
+            "loss or gradient of step 11 is not finite", "learning rate 0.2", "config.optimizer.learning_rate", "step 8 is kept"
+        ):
+            train(config, str(tmp_path))
+    assert closed == [None]  # an open writer of events complains when Python ends
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.latest_sound() == 8
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(checkpoints.params(8)))
+    assert [line["step"] for line in RunFolder(tmp_path).read_metrics()] == [3, 6, 7, 9]
+    assert train(config, str(tmp_path)).step == 15  # the batch was at fault, not the run
+
+
+def test_a_huge_learning_rate_ends_the_run(corpus, tmp_path):
+    config = draft(corpus, "lstm", optimizer__learning_rate=1e38, optimizer__name="sgd", training__num_steps=50)
+    with refused("loss or gradient of step 2 is not finite (learning rate 1e+38)", "there was no checkpoint yet"):
+        train(config, str(tmp_path))
+    assert open_run_is_refused(tmp_path)
+
+
+def open_run_is_refused(workdir):
+    with refused("has no checkpoint yet"):
+        open_run(str(workdir))
+    return True
+
+
+def test_stalling_lowers_the_learning_rate_and_then_ends_the_run(corpus, tmp_path):
+    """With steps too small to change the loss, each look after the first is a stall."""
+    fields = dict(
+        optimizer__learning_rate=1e-12,
+        optimizer__schedule="plateau",
+        optimizer__decay_factor=0.25,
+        optimizer__plateau_patience=1,
+        training__early_stopping=4,
+        training__num_steps=40,
+        training__log_every_steps=2,
+        training__evaluate_every_steps=2,
+    )
+    config = draft(corpus, "lstm", **fields)
+    interrupt(config, tmp_path, 9)  # what stalled is remembered
+    result = train(config, str(tmp_path))
+    assert (result.step, result.best_step) == (10, 2)
+    lines = list(RunFolder(tmp_path).read_metrics())
+    rates = {line["step"]: line["learning_rate"] for line in lines if line["split"] == "train"}
+    assert rates == pytest.approx({2: 1e-12, 4: 1e-12, 6: 1e-12, 8: 2.5e-13, 10: 2.5e-13})
+    norms = {line["step"]: line["update_norm"] for line in lines if line["split"] == "train"}
+    assert norms[8] / norms[6] == pytest.approx(0.25, rel=0.2)  # and it is what the updates are made with
+    assert len({line["loss"] for line in lines if line["split"] == "valid"}) == 1
+    progress = Checkpoints(tmp_path / "checkpoints").progress(10)
+    assert (progress["stalled"], progress["stalled_since_decay"], progress["finished"]) == (4, 0, True)
+    again = train(config, str(tmp_path))
+    assert (again.step, again.best_step) == (10, 2) and len(list(RunFolder(tmp_path).read_metrics())) == len(lines)
+
+
+def test_starting_from_the_best_parameters_of_another_run(runs, tmp_path):
+    config, workdir = runs["lstm"]
+    source = open_run(str(workdir))
+    other = write_corpus(tmp_path / "other", train=40, valid=8, test=8, seed=9)
+    (other / "train.txt").write_text((other / "train.txt").read_text() + "§\n")  # a symbol that the first run does not know
+
+    def tuned(**fields):
+        values = dict(training__init_from=str(workdir), optimizer__learning_rate=1e-12, training__num_steps=1)
+        return lstm(other, **(values | fields))
+
+    train(tuned(), str(tmp_path / "tuned"))
+    tuned_run = open_run(str(tmp_path / "tuned"))
+    assert tuned_run.step == 1 and tuned_run.tokenizer.symbols == source.tokenizer.symbols
+    for mine, its in zip(jax.tree.leaves(tuned_run.params), jax.tree.leaves(source.params), strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-6, atol=1e-10)
+
+    size = source.tokenizer.vocab_size
+    with refused("config.training.init_from", "another model", f"embedding/table is ({size}, 8) there and ({size}, 12) here"):
+        train(tuned(model__hidden_dim=12), str(tmp_path / "wider"))
+    with refused("config.training.init_from", "char tokenizer", "config.data.tokenizer is 'byte'", "make them equal"):
+        train(tuned(data__tokenizer="byte"), str(tmp_path / "bytes"))
+    with refused(f"{tmp_path / 'nowhere'} holds no run"):
+        train(tuned(training__init_from=str(tmp_path / "nowhere")), str(tmp_path / "none"))
+    assert config.training.init_from is None
+
+
+def test_an_ngram_is_counted_once(corpus, tmp_path):
+    config = draft(corpus, "ngram", model__ngram_order=3)
+    result = train(config, str(tmp_path))
+    assert (result.step, result.tokens) == (1, len((corpus / "train.txt").read_text()))
+    before = outcome(tmp_path)
+    config_json = (tmp_path / "config.json").read_bytes()
+    assert json.loads(config_json)["num_params"] > 100
+    again = train(config, str(tmp_path))
+    assert again == result
+    assert_same_outcome(outcome(tmp_path), before)
+    assert (tmp_path / "config.json").read_bytes() == config_json and len(before["metrics"]) == 1
+    with refused("model.ngram_order: 3 then, 2 now"):
+        train(changed(config, model__ngram_order=2), str(tmp_path))
