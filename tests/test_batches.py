@@ -4,6 +4,7 @@ import gc
 import itertools
 import threading
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def windows_of(source, first_example, count):
 def test_every_window_comes_once_an_epoch_in_another_order_each(batch_size, seq_len):
     source = Windows(CORPUS, batch_size, seq_len, seed=1)
     n = 101 // seq_len
-    assert (source.num_windows, source.steps_per_epoch, source.carries) == (n, n / batch_size, False)
+    assert (source.num_windows, source.steps_per_epoch, source.carries) == (n, Fraction(n, batch_size), False)
     epochs = [windows_of(source, epoch * n, n) for epoch in range(3)]
     for order in epochs:
         assert sorted(order) == list(range(n))

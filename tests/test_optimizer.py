@@ -259,9 +259,6 @@ def test_steps_by_epoch_as_zaremba_did(tiny):
     np.testing.assert_allclose(found, [1, 1, 0.5, 0.5, 0.25, 0.125, 2**-9], rtol=1e-6)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the schedule divides in float32: step / steps_per_epoch falls below a whole epoch at its first step"
-)
 def test_steps_by_epoch_follow_the_sources_epochs(tiny):
     """An epoch of 8 windows in batches of 7 is 8/7 steps long; the rate must fall at the very step at which an epoch begins."""
 

@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,10 +35,12 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """Attributes: `shapes`, every (B, T) that occurs, one compilation each; `carries`, whether state goes from step to step."""
+    """Attributes: `shapes`, every (B, T) that occurs, one compilation each; `carries`, whether state goes from step to step;
+    `steps_per_epoch`, exact."""
 
     shapes: tuple[tuple[int, int], ...]
     carries: bool
+    steps_per_epoch: int | Fraction
 
     def epoch(self, step: int) -> int:
         """Number of the epoch, from 0, that a step's first row belongs to."""
@@ -106,7 +109,7 @@ class Windows(_Source):
     def __init__(self, corpus, batch_size, seq_len, seed):
         super().__init__(corpus, batch_size, seq_len, seed)
         self.num_windows = len(corpus.tokens) // seq_len
-        self.steps_per_epoch = self.num_windows / batch_size
+        self.steps_per_epoch = Fraction(self.num_windows, batch_size)
 
     def epoch(self, step):
         return step * self.batch_size // self.num_windows

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lm.config import Config
@@ -13,7 +15,7 @@ from lm.models.build import parameter_role
 Schedule = Callable[[jax.Array | int], jax.Array | float]
 
 
-def build(config: Config, steps_per_epoch: float) -> tuple[optax.GradientTransformation, Schedule]:
+def build(config: Config, steps_per_epoch: int | Fraction) -> tuple[optax.GradientTransformation, Schedule]:
     """Clipping -> update rule -> decay of the matrices -> learning rate.
 
     Decay is decoupled from the gradient (Loshchilov & Hutter 2019, arXiv:1711.05101) for every rule: a matrix with zero
@@ -86,7 +88,7 @@ _RULES = {
 }
 
 
-def learning_rate(config: Config, steps_per_epoch: float) -> Schedule:
+def learning_rate(config: Config, steps_per_epoch: int | Fraction) -> Schedule:
     """The learning rate by step (from 0), after a linear warm-up from learning_rate / warmup_steps.
 
     cosine: Loshchilov & Hutter 2017, arXiv:1608.03983, down to final_fraction at num_steps; inverse_sqrt: Vaswani et al.
@@ -95,6 +97,9 @@ def learning_rate(config: Config, steps_per_epoch: float) -> Schedule:
     """
     optimizer, warmup = config.optimizer, config.optimizer.warmup_steps
     peak = optimizer.learning_rate
+    # exact, from fractions: a quotient in float32 can fall short of a whole epoch at the step where it begins
+    num_epochs = math.ceil(config.training.num_steps / steps_per_epoch)
+    epoch_starts = np.array([math.ceil(epoch * steps_per_epoch) for epoch in range(1, num_epochs + 1)])
 
     def after_warmup(step):
         if optimizer.schedule == "cosine":
@@ -103,7 +108,7 @@ def learning_rate(config: Config, steps_per_epoch: float) -> Schedule:
         if optimizer.schedule == "inverse_sqrt":
             return jnp.sqrt(max(warmup, 1) / jnp.maximum(step + 1, max(warmup, 1)))
         if optimizer.schedule == "step":
-            epoch = jnp.floor(step / steps_per_epoch)
+            epoch = jnp.searchsorted(epoch_starts, step, side="right")
             return optimizer.decay_factor ** jnp.maximum(epoch + 1 - optimizer.decay_start_epoch, 0)
         return jnp.ones_like(step, jnp.float32)
 
