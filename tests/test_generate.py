@@ -9,7 +9,7 @@ from helpers import model_and_params, refused
 from lm.config import Config, resolve
 from lm.data.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer, encode
 from lm.evaluation import generate as generation
-from lm.evaluation.generate import Sampling, draw, generate
+from lm.evaluation.generate import Sampling, draw, generate, sample_tokens
 from lm.models.ngram import Ngram
 from lm.runs.folder import RunFolder
 from lm.runs.open import Run
@@ -44,21 +44,19 @@ MODELS = [
 
 @pytest.mark.parametrize("architecture, fields", MODELS)
 def test_through_the_carry_is_the_whole_prefix_each_time(architecture, fields):
-    run, prompt, num_tokens = run_of(architecture, bias={0: -100.0, 1: -100.0}, **fields), "bad cab", 24
-    (text,) = generate(run, prompt, num_tokens, sampling=GREEDY)
+    run, length, num_tokens = run_of(architecture, **fields), 7, 24
+    prompts_BT = np.random.default_rng(0).integers(0, CHAR.vocab_size, (16, length)).astype(np.int32)
+    drawn_BT = sample_tokens(run.model, run.params, prompts_BT, num_tokens, GREEDY, jax.random.key(0))
 
     @jax.jit
     def logits(params, inputs_BT):
         return run.model.apply({"params": params}, run.model.apply({"params": params}, inputs_BT).hidden_BTD, method="logits")
 
-    ids = [CHAR.eos, *encode(CHAR, prompt)]
-    first = len(ids)
-    for _ in range(num_tokens):
-        padded = np.zeros((1, first + num_tokens), np.int32)
-        padded[0, : len(ids)] = ids
-        ids.append(int(np.argmax(logits(run.params, padded)[0, len(ids) - 1])))
-    assert text == CHAR.decode(ids[first:])
-    assert len(set(ids[first:])) > 2  # not one token over and over
+    texts_BT = np.pad(prompts_BT, ((0, 0), (0, num_tokens)))
+    for position in range(length, length + num_tokens):
+        texts_BT[:, position] = np.argmax(logits(run.params, texts_BT)[:, position - 1], axis=-1)
+    np.testing.assert_array_equal(drawn_BT, texts_BT[:, length:])
+    assert len(np.unique(texts_BT[:, -1])) > 2  # not one token over and over
 
 
 def test_greedy_and_seeded_texts_are_reproducible(rnn):

@@ -1,0 +1,222 @@
+"""Checkpoints of a run: saved by orbax beside the run, sealed with a manifest of hashes, verified before they are restored.
+
+`checkpoints/<step>/` holds `params/` and `training/` (orbax), `progress.json` and, written last, `manifest.json` with the
+sha256 of every other file. A folder without a manifest was never finished and does not count. Orbax notices a truncated
+file but not a flipped bit; the manifest notices both.
+"""
+
+import concurrent.futures
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm.errors import UserError
+from lm.files import sha256_of, write_atomically
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Saving returns at once and goes on in a thread; the next save, `wait` or leaving the `with` waits for it and raises what
+    went wrong. Kept are the best, and the two latest (so that a damaged one has a predecessor).
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder.absolute()
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        del error, trace
+        try:
+            self.wait()
+        except UserError:
+            if kind is None:  # else the first error is the one to tell
+                raise
+        finally:
+            self._executor.shutdown()
+
+    def steps(self) -> list[int]:
+        """The finished checkpoints, in order."""
+        if not self._folder.is_dir():
+            return []
+        return sorted(int(p.name) for p in self._folder.iterdir() if p.name.isdigit() and (p / "manifest.json").exists())
+
+    def save(self, step: int, params: Any, training: Any, progress: Mapping[str, Any]) -> None:
+        """Saves a checkpoint in the background and drops those that are kept no longer.
+
+        Args:
+          step: its name.
+          params: nested dict of NumPy arrays, not changed afterwards.
+          training: pytree of NumPy arrays, the rest of what a run needs to go on.
+          progress: plain values; `best_step` names the checkpoint to keep beside the latest.
+        """
+        self.wait()
+        self._pending = self._executor.submit(self._save, step, params, training, dict(progress))
+
+    def wait(self) -> None:
+        """Waits until the last save has ended.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _save(self, step, params, training, progress):
+        import orbax.checkpoint as ocp
+
+        final, partial = self._folder / str(step), self._folder / f"{step}.partial"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            with ocp.PyTreeCheckpointer() as writer:
+                writer.save(partial / "params", params)
+                writer.save(partial / "training", _flat(training))
+            write_atomically(partial / "progress.json", json.dumps(progress))
+            write_atomically(partial / "manifest.json", json.dumps({"step": step, "sha256": _hashes(partial)}))
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(partial, final)
+        except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"the checkpoint of step {step} cannot be written to {self._folder}: {error}; earlier ones are untouched") from None
+        keep = {*self.steps()[-2:], progress.get("best_step")}
+        for old in self.steps():
+            if old not in keep:
+                (self._folder / str(old) / "manifest.json").unlink()  # half-removed, it must not count
+                shutil.rmtree(self._folder / str(old), ignore_errors=True)
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint, in words; None if every file is as it was written."""
+        folder = self._folder / str(step)
+        try:
+            expected = dict(json.loads((folder / "manifest.json").read_text())["sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return "its manifest cannot be read"
+        found = _hashes(folder)
+        for name, digest in expected.items():
+            if name not in found:
+                return f"{name} is missing"
+            if found[name] != digest:
+                return f"{name} is not as it was written"
+        return None
+
+    def latest_sound(self) -> int | None:
+        """The latest undamaged checkpoint, with a warning for each damaged one that is passed over; None if there is none yet.
+
+        Raises:
+          UserError: there are checkpoints, but all are damaged.
+        """
+        reasons = []
+        for step in reversed(self.steps()):
+            reason = self.damage(step)
+            if reason is None:
+                for passed in reasons:
+                    log.warning("%s; going on from step %d instead", passed, step)
+                return step
+            reasons.append(f"checkpoint {self._folder / str(step)} is damaged ({reason})")
+        if reasons:
+            raise UserError(f"{'; '.join(reasons)}; there is no sound one to go on from: remove {self._folder} to train anew")
+        return None
+
+    def choose(self, which: str) -> int:
+        """The step that "best" (on valid), "latest" or a number names, undamaged.
+
+        Raises:
+          UserError: no such checkpoint; the sentence lists those there are.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"{self._folder.parent} has no checkpoint yet; train it first")
+        if which == "latest":
+            return self.latest_sound()
+        if which == "best":
+            latest = self.latest_sound()
+            best = self.progress(latest)["best_step"]
+            if best is None:  # saved before the first look at valid
+                return latest
+            if best not in steps or self.damage(best):
+                log.warning("the best checkpoint (step %s) is missing or damaged; step %d is taken instead", best, latest)
+                return latest
+            return best
+        if not which.isdigit() or int(which) not in steps:
+            raise UserError(f"--step={which} names no checkpoint; there are best, latest, {', '.join(map(str, steps))}")
+        reason = self.damage(int(which))
+        if reason:
+            raise UserError(f"checkpoint {self._folder / which} is damaged ({reason}); choose another --step")
+        return int(which)
+
+    def progress(self, step: int) -> dict[str, Any]:
+        """The plain values saved with a checkpoint."""
+        return json.loads((self._folder / str(step) / "progress.json").read_text())
+
+    def params(self, step: int) -> Any:
+        """The parameters of a checkpoint: nested dict of NumPy arrays."""
+        return self._restore(step, "params")
+
+    def restore(self, step: int, params: Any, training: Any) -> tuple[Any, Any]:
+        """What `save` was given at a step.
+
+        Args:
+          params, training: trees of arrays (or shapes) like those expected.
+
+        Raises:
+          UserError: the checkpoint is of a model or optimiser with other parameters; the first difference is named.
+        """
+        saved_params, saved_training = self.params(step), self._restore(step, "training")
+        where = f"checkpoint {self._folder / str(step)}"
+        check_like(_flat(params), _flat(saved_params), where)
+        flat = _flat(training)
+        check_like(flat, saved_training, where)
+        leaves = [np.asarray(saved_training[name], leaf.dtype) for name, leaf in flat.items()]
+        return saved_params, jax.tree.unflatten(jax.tree.structure(training), leaves)
+
+    def _restore(self, step, item):
+        import orbax.checkpoint as ocp
+
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                return reader.restore(self._folder / str(step) / item)
+        except Exception as error:  # orbax and tensorstore raise many kinds for files that are not theirs
+            raise UserError(f"checkpoint {self._folder / str(step)} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def check_like(expected: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
+    """Raises a UserError that names the first array which is missing, too many or of another shape.
+
+    Args:
+      expected, found: path -> array.
+      where: what `found` is, for the sentence.
+    """
+    for name in sorted({*expected, *found}):
+        then = tuple(np.shape(found[name])) if name in found else "missing"
+        now = tuple(np.shape(expected[name])) if name in expected else "missing"
+        if then != now:
+            raise UserError(f"{where} belongs to another model: {name} is {then} there and {now} here")
+
+
+def _flat(tree) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _hashes(folder):
+    return {
+        str(path.relative_to(folder)): sha256_of(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / "manifest.json"
+    }

@@ -1,0 +1,157 @@
+"""A run's folder: where its files stand, its lock, its config and its metrics."""
+
+import datetime
+import fcntl
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from lm.config import Config, differences, load_resolved, to_json
+from lm.errors import UserError
+from lm.files import read_json, write_atomically, write_json
+
+
+class RunFolder:
+    """The files of one run (`--workdir`). Reading needs nothing more; writing goes inside `with folder.locked():`."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        self.config = self.path / "config.json"
+        self.tokenizer = self.path / "tokenizer.json"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.evaluation = self.path / "evaluation"
+
+    def locked(self) -> "_Lock":
+        """A context in which no other process may write the run.
+
+        Raises:
+          UserError: on entry, a folder that cannot be written or is in use.
+        """
+        return _Lock(self.path)
+
+    def read_config(self) -> tuple[Config, dict[str, Any]]:
+        """The resolved config and all of config.json.
+
+        Raises:
+          UserError: there is no run in this folder, or its config cannot be read.
+        """
+        saved = read_json(self.config, f"{self.path} holds no run: there is no config.json; train one there first")
+        try:
+            return load_resolved(saved["resolved"]), saved
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.config} is damaged: {error!r}") from None
+
+    def write_config(self, given: Config, resolved: Config, facts: dict[str, Any]) -> None:
+        """Writes config.json: the config as given and as resolved, and facts that follow from it and the data."""
+        write_json(self.config, {"given": to_json(given), "resolved": to_json(resolved), **facts})
+
+    def check_same_experiment(self, resolved: Config, facts: dict[str, Any]) -> None:
+        """Raises a UserError, naming the fields, if this folder's run was started with another config or on other text."""
+        old, saved = self.read_config()
+        found = differences(old, resolved)
+        found += [f"{name}: {saved.get(name)} then, {value} now" for name, value in facts.items() if saved.get(name) != value]
+        if found:
+            raise UserError(
+                f"{self.path} holds another experiment ({'; '.join(found)}); use another --workdir, or go back to its settings"
+            )
+
+    def write_environment(self, devices: dict[str, Any]) -> None:
+        """Writes environment.json: versions, devices, commit, command, date."""
+        write_json(self.environment, {**environment(), **devices})
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Adds one line to metrics.jsonl."""
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.metrics} cannot be written: {error.strerror}") from None
+
+    def read_metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line that was cut short is left out."""
+        if not self.metrics.exists():
+            return
+        with self.metrics.open(encoding="utf-8") as file:
+            for line in file:
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    return
+
+    def cut_metrics(self, step: int) -> list[dict[str, Any]]:
+        """Takes metrics.jsonl back to what stood there at a step, and returns it."""
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        return kept
+
+
+class _Lock:
+    def __init__(self, path):
+        self._path = path
+
+    def __enter__(self):
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            self._file = (self._path / ".lock").open("a+")
+        except OSError as error:
+            raise UserError(f"--workdir {self._path} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise UserError(f"--workdir {self._path} is in use by another run ({holder}); wait for it or use another folder") from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {platform.node()}")
+        self._file.flush()
+        return self
+
+    def __exit__(self, *_):
+        self._file.truncate(0)
+        self._file.close()
+
+
+def environment() -> dict[str, Any]:
+    """What ran here: versions, machine, commit, command, date."""
+    import flax
+    import jax
+    import numpy
+    import optax
+
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join(sys.orig_argv[1:]),
+        "commit": _commit(),
+        "hardware": f"{_processor()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores",
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in (jax, flax, optax, numpy)},
+    }
+
+
+def _processor():
+    try:
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit():
+    here = pathlib.Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip()[:12] + (" with changes" if changed.stdout.strip() else "")
