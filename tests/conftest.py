@@ -24,22 +24,19 @@ else:
     for _name in ("PJRT_NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[_name] = _share
 
-import numpy as np  # noqa: E402 (numpy reads its number of threads, and JAX its settings, when it is imported)
+# Numpy reads its number of threads when it is imported, and JAX its settings, hence only now.
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from lm.config import Config, resolve  # noqa: E402
+from lm.models.build import initialise  # noqa: E402
 
 
 def pytest_unconfigure(config):
     if _WORKER is None:
         shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
-
-
-def pytest_report_header(config):
-    import flax
-    import jax
-
-    return f"jax {jax.__version__}, flax {flax.__version__}, {jax.default_backend()} × {jax.device_count()}"
 
 
 @pytest.fixture
@@ -48,13 +45,16 @@ def rng():
     return np.random.default_rng(20)
 
 
-def tiny_config(architecture, **fields):
-    """A resolved config of a model with about two layers of width 8.
+@pytest.fixture(scope="session")
+def tiny():
+    """A function (architecture, fields) -> resolved config of a model of two layers of width 8.
 
-    Args:
-      architecture: one of lm.config.NEURAL.
-      fields: values that differ, as section__field; `seed` and other fields at the top by their own name.
+    The fields are values that differ, as section__field; `seed` and others at the top by their own name.
     """
+    return _tiny_config
+
+
+def _tiny_config(architecture, **fields):
     config = Config()
     values = {"model__architecture": architecture, "model__num_layers": 2, "data__batch_size": 4, "data__seq_len": 5}
     if not {"model__num_params", "model__layer_dims"} & set(fields):
@@ -68,27 +68,15 @@ def tiny_config(architecture, **fields):
 
 
 @pytest.fixture(scope="session")
-def tiny():
-    """`tiny_config`, for tests and for fixtures of any scope."""
-    return tiny_config
+def random_params():
+    """A function (model) -> random parameters in its shapes, biases too, scales of norms about one. Compiles nothing."""
+    return _random_params
 
 
-def draw_params(model, seed=0, scale=0.3):
-    """Random parameters in the shapes of a model, biases too; scales of norms are about one. Compiles nothing."""
-    import jax
-    import jax.numpy as jnp
-
-    from lm.models.build import initialise
-
-    rng = np.random.default_rng(seed)
+def _random_params(model):
+    rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        return jnp.asarray(rng.normal(path[-1].key == "scale", scale, leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.normal(path[-1].key == "scale", 0.3, leaf.shape), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lambda: initialise(model, 0)))
-
-
-@pytest.fixture(scope="session")
-def random_params():
-    """`draw_params`, for tests and for fixtures of any scope."""
-    return draw_params

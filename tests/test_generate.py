@@ -56,7 +56,7 @@ def test_through_the_carry_is_the_whole_prefix_each_time(architecture, fields):
     for position in range(length, length + num_tokens):
         texts_BT[:, position] = np.argmax(logits(run.params, texts_BT)[:, position - 1], axis=-1)
     np.testing.assert_array_equal(drawn_BT, texts_BT[:, length:])
-    assert len(np.unique(texts_BT[:, -1])) > 2  # not one token over and over
+    assert len(np.unique(texts_BT[:, length:])) > 5  # not one token over and over
 
 
 def test_greedy_and_seeded_texts_are_reproducible(rnn):
