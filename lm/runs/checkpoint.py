@@ -94,7 +94,9 @@ class Checkpoints:
             os.replace(partial, final)
         except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
             shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"the checkpoint of step {step} cannot be written to {self._folder}: {error}; earlier ones are untouched") from None
+            raise UserError(
+                f"the checkpoint of step {step} cannot be written to {self._folder}: {error}; earlier ones are untouched"
+            ) from None
         keep = {*self.steps()[-2:], progress.get("best_step")}
         for old in self.steps():
             if old not in keep:
@@ -211,7 +213,9 @@ def check_like(expected: Mapping[str, Any], found: Mapping[str, Any], where: str
 
 
 def _flat(tree) -> dict[str, Any]:
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _hashes(folder):

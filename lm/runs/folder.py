@@ -109,7 +109,9 @@ class _Lock:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            raise UserError(f"--workdir {self._path} is in use by another run ({holder}); wait for it or use another folder") from None
+            raise UserError(
+                f"--workdir {self._path} is in use by another run ({holder}); wait for it or use another folder"
+            ) from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {platform.node()}")
         self._file.flush()
@@ -131,7 +133,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(sys.orig_argv[1:]),
         "commit": _commit(),
-        "hardware": f"{_processor()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores",
+        "hardware": f"{_processor()}, {_num_cores()} cores",
         "python": platform.python_version(),
         **{module.__name__: module.__version__ for module in (jax, flax, optax, numpy)},
     }
@@ -147,11 +149,17 @@ def _processor():
     return platform.processor() or platform.machine()
 
 
+def _num_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def _commit():
-    here = pathlib.Path(__file__).parent
+    def git(*arguments):
+        here = pathlib.Path(__file__).parent
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        return git("rev-parse", "HEAD")[:12] + (" with changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return head.stdout.strip()[:12] + (" with changes" if changed.stdout.strip() else "")
