@@ -18,7 +18,7 @@ from lm.errors import UserError
 from lm.files import write_json
 
 
-def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = False) -> None:
+def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = False, resumes: bool = False) -> None:
     """Parses the command line and calls a verb; what it returns is written to --json=PATH.
 
     Bad input ends in one sentence on standard error and exit code 1, an interruption in exit code 130.
@@ -27,6 +27,7 @@ def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = Fa
       main: the verb; gets the overrides ("--config.section.field=value").
       document: the verb's docstring, which --help prints.
       takes_config: whether overrides make sense.
+      resumes: whether the same command goes on where it was interrupted.
     """
     flags.DEFINE_string("json", None, "also write the result to this file, for a program")
     verb = sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else sys.argv[0]
@@ -50,7 +51,7 @@ def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = Fa
     except UserError as error:
         sys.exit(f"{verb}: {error}")
     except KeyboardInterrupt:
-        print(f"\n{verb}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"\n{verb}: interrupted{'; the same command goes on from the last checkpoint' if resumes else ''}", file=sys.stderr)
         sys.exit(130)
 
 

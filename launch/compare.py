@@ -84,4 +84,4 @@ def _score_by_position(folders, open_run, evaluate_run):
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__, takes_config=True)
+    command.run(main, __doc__, takes_config=True, resumes=True)

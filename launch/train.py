@@ -58,4 +58,4 @@ def main(overrides):
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__, takes_config=True)
+    command.run(main, __doc__, takes_config=True, resumes=True)
