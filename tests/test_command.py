@@ -3,10 +3,10 @@
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 from helpers import ROOT, call_verbs, config_file, draft, refused, untrained_run, write_corpus
@@ -156,16 +156,21 @@ def test_a_config_written_by_a_test_is_the_config(tmp_path):
     assert load_config(str(config_file(tmp_path / "c.py", config)), []) == config
 
 
+def cpu_seconds_of_children():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_is_there_at_once_and_mentions_every_flag(verb):
     env, seconds = {**os.environ, "PYTHONPATH": str(ROOT)}, []
     for _ in range(3):
-        begun = time.perf_counter()
+        begun = cpu_seconds_of_children()
         done = subprocess.run(
             [sys.executable, "-m", f"launch.{verb}", "--help"], env=env, capture_output=True, text=True, check=True
         )
-        seconds.append(time.perf_counter() - begun)
-    assert statistics.median(seconds) < 2
+        seconds.append(cpu_seconds_of_children() - begun)
+    assert statistics.median(seconds) < 1  # of a processor, so that a busy machine does not count; JAX alone takes more
     assert done.stderr == ""
     source = (ROOT / "launch" / f"{verb}.py").read_text()
     flags = re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", source)
