@@ -21,7 +21,8 @@ from lm.files import write_json
 def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = False, resumes: bool = False) -> None:
     """Parses the command line and calls a verb; what it returns is written to --json=PATH.
 
-    Bad input ends in one sentence on standard error and exit code 1, an interruption in exit code 130.
+    Bad input ends in one sentence on standard error and exit code 1, an interruption in exit code 130. A reader that closes
+    the pipe (`| head`) ends the verb quietly.
 
     Args:
       main: the verb; gets the overrides ("--config.section.field=value").
@@ -32,11 +33,11 @@ def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = Fa
     flags.DEFINE_string("json", None, "also write the result to this file, for a program")
     verb = sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else sys.argv[0]
     overrides, argv = split_overrides(sys.argv)
-    if any(argument in ("--help", "-h", "-help", "--helpfull", "--helpshort") for argument in argv):
-        print(_help(document, takes_config))
-        return
     _quiet_logging()
     try:
+        if any(argument in ("--help", "-h", "-help", "--helpfull", "--helpshort") for argument in argv):
+            print(_help(document, takes_config), flush=True)
+            return
         try:
             rest = flags.FLAGS(argv)
         except (flags.Error, ValueError) as error:
@@ -48,8 +49,12 @@ def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = Fa
         result = main(overrides)
         if flags.FLAGS.json:
             write_json(pathlib.Path(flags.FLAGS.json), result)
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(f"{verb}: {error}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush at exit fails again
+        sys.exit(141)  # as a shell tells of SIGPIPE
     except KeyboardInterrupt:
         print(f"\n{verb}: interrupted{'; the same command goes on from the last checkpoint' if resumes else ''}", file=sys.stderr)
         sys.exit(130)

@@ -187,6 +187,16 @@ def test_help_is_there_at_once_and_mentions_every_flag(verb):
         assert "--config." not in done.stdout
 
 
+def test_a_reader_that_goes_away_ends_a_verb_quietly():
+    command = f"{sys.executable} -m launch.train --help; echo $? >&2"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head -0` would
+    done = subprocess.run(command, shell=True, env=env, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.stderr == "141\n"
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder with a corpus, config files and runs."""
