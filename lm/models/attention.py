@@ -16,7 +16,7 @@ class Places:
     """Where the tokens of a segment stand, shared by all layers.
 
     Attributes:
-      positions_BT: int32 position of each token in its own text.
+      positions_BT: int32 position of each token in its own text. Leading axis 1 where all rows have the same.
       visible_BTS: bool, whether a token sees a key; the keys are the cache's slots (if any), then the segment's tokens.
         Leading axis 1 where all rows see the same.
       slots_BT: int32 slot of the cache that a token is written to, or the number of slots where it is not; None: no cache.
@@ -83,7 +83,7 @@ def places(
 
     visible_BTS = visible(positions_BT, runs_BT, valid_BT)
     if slots is None:
-        return Places(jnp.broadcast_to(positions_BT, shape), visible_BTS), None
+        return Places(positions_BT, visible_BTS), None
 
     num_slots = slots.ordinal_BS.shape[1]
     positions_BT, runs_BT, valid_BT = (jnp.broadcast_to(x, shape) for x in (positions_BT, runs_BT, valid_BT))
