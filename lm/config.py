@@ -214,8 +214,11 @@ class OptimizerConfig(Section):
     clip_norm: float | None = setting(1.0, "largest global norm of the gradient; None: no such clipping", above=0)
     clip_value: float | None = setting(None, "largest absolute value of a gradient entry, instead of clip_norm", above=0)
     momentum: float | None = setting(None, "momentum, muon: decay of the velocity; rmsprop: of the squares", at_least=0, below=1)
-    b1: float | None = setting(None, "adam, adamw, lion: decay of the first moment", at_least=0, below=1)
-    b2: float | None = setting(None, "adam, adamw, lion: decay of the second moment", at_least=0, below=1)
+    b1: float | None = setting(None, "adam, adamw, lion, muon's adam: decay of the first moment", at_least=0, below=1)
+    b2: float | None = setting(None, "adam, adamw, lion, muon's adam: decay of the second moment", at_least=0, below=1)
+    adam_learning_rate: float | None = setting(
+        None, "muon: peak step size of adam on all that is no matrix; by default learning_rate", above=0
+    )
 
 
 @dataclasses.dataclass(eq=False)
@@ -308,8 +311,9 @@ _OPTIMIZER_FIELDS = {
     "decay_start_epoch": ("schedule", {"step": 4}),
     "plateau_patience": ("schedule", {"plateau": 0}),
     "momentum": ("name", {"momentum": 0.9, "rmsprop": 0.9, "muon": 0.95}),
-    "b1": ("name", {"adam": 0.9, "adamw": 0.9, "lion": 0.9}),
-    "b2": ("name", {"adam": 0.999, "adamw": 0.999, "lion": 0.99}),
+    "b1": ("name", {"adam": 0.9, "adamw": 0.9, "lion": 0.9, "muon": 0.9}),
+    "b2": ("name", {"adam": 0.999, "adamw": 0.999, "lion": 0.99, "muon": 0.95}),
+    "adam_learning_rate": ("name", {"muon": None}),
 }
 
 
@@ -493,6 +497,8 @@ def _resolve_rest(config):
     optimizer, training, evaluation, model = config.optimizer, config.training, config.evaluation, config.model
     if optimizer.clip_norm is not None and optimizer.clip_value is not None:
         raise UserError("config.optimizer.clip_norm and config.optimizer.clip_value are both set; set the other to None")
+    if optimizer.name == "muon" and optimizer.adam_learning_rate is None:
+        optimizer.adam_learning_rate = optimizer.learning_rate
     if config.data.batch_size % training.num_micro_batches:
         raise UserError(
             f"config.training.num_micro_batches is {training.num_micro_batches}, which does not divide config.data.batch_size "

@@ -68,11 +68,11 @@ def rmsprop(p, gradients, decay=0.9):
     return p
 
 
-def adam(p, gradients, b1=0.9, b2=0.999):
+def adam(p, gradients, b1=0.9, b2=0.999, rate=RATE):
     first = second = 0
     for t, g in enumerate(gradients, 1):
         first, second = b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g**2
-        p = p - RATE * (first / (1 - b1**t)) / (np.sqrt(second / (1 - b2**t)) + 1e-8)
+        p = p - rate * (first / (1 - b1**t)) / (np.sqrt(second / (1 - b2**t)) + 1e-8)
     return p
 
 
@@ -147,6 +147,18 @@ def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adam(tiny, rng, s
     for trees in (params, gradient):
         trees["stack"]["layer_0"].pop("input_kernel")
     jax.tree.map(lambda f, p, g: np.testing.assert_allclose(f, adam(p, [g]), rtol=0, atol=1e-6), found, params, gradient)
+
+
+@pytest.mark.parametrize("changes", [{}, {"b1": 0.5, "b2": 0.7, "adam_learning_rate": 0.07}])
+def test_the_adam_beside_muon_has_settings_of_its_own(tiny, rng, changes):
+    params, gradients = tree(rng), [tree(rng, 0.2), tree(rng, 3.0), tree(rng, 0.1)]
+    found = run(build(tiny, "muon", **changes), params, gradients)
+    constants = {"b2": 0.95, **{{"adam_learning_rate": "rate"}.get(key, key): value for key, value in changes.items()}}
+    for trees in (found, params, *gradients):
+        trees["stack"]["layer_0"].pop("input_kernel")
+    jax.tree.map(
+        lambda f, p, *g: np.testing.assert_allclose(f, adam(p, g, **constants), rtol=0, atol=1e-6), found, params, *gradients
+    )
 
 
 def test_adafactor_keeps_rows_and_columns_of_large_matrices_only(tiny, rng):

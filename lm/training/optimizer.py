@@ -60,7 +60,7 @@ def _is_matrix(params):
 
 
 def _muon(optimizer):
-    """Muon (Jordan et al. 2024) on the matrices, Adam on embeddings, outputs, norms and biases."""
+    """Muon (Jordan et al. 2024) on the matrices; Adam, with a step size of its own, on embeddings, outputs, norms and biases."""
 
     def labels(params):
         return jax.tree.map(lambda matrix: "muon" if matrix else "adam", _is_matrix(params))
@@ -73,7 +73,10 @@ def _muon(optimizer):
         ),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u: u * 0.2 * math.sqrt(max(u.shape)), updates)),
     )
-    return optax.partition({"muon": muon, "adam": optax.scale_by_adam()}, labels)
+    adam = optax.chain(
+        optax.scale_by_adam(optimizer.b1, optimizer.b2), optax.scale(optimizer.adam_learning_rate / optimizer.learning_rate)
+    )
+    return optax.partition({"muon": muon, "adam": adam}, labels)
 
 
 _RULES = {
