@@ -19,8 +19,6 @@ def finish(config: Config, argument: str) -> Config:
     if argument != "runlocal=1":
         raise UserError(f"the config's argument is {argument!r}, but the only one there is, is runlocal=1 (a trial of seconds)")
     model, data, training = config.model, config.data, config.training
-    if data.tokenizer == "subword":
-        data.vocab_size = 300
     if model.architecture == "ngram":
         return config
     if model.layer_dims:

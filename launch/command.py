@@ -1,5 +1,6 @@
 """What the verbs share: flags and --help, config files with overrides, one clear sentence for what is wrong, progress."""
 
+import _thread
 import dataclasses
 import logging
 import os
@@ -8,6 +9,7 @@ import re
 import runpy
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ from absl import flags
 
 from lm.config import Config, Section, unknown_field
 from lm.errors import UserError
-from lm.files import write_json
+from lm.files import check_writable, write_json
 
 
 def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = False, resumes: bool = False) -> None:
@@ -34,6 +36,7 @@ def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = Fa
     verb = sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else sys.argv[0]
     overrides, argv = split_overrides(sys.argv)
     _quiet_logging()
+    sys.unraisablehook = _unraisable
     try:
         if any(argument in ("--help", "-h", "-help", "--helpfull", "--helpshort") for argument in argv):
             print(_help(document, takes_config), flush=True)
@@ -46,6 +49,8 @@ def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = Fa
             raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value, and --help lists those of {verb}")
         if overrides and not takes_config:
             raise UserError(f"{overrides[0].split('=')[0]} is set, but {verb} takes no config; a run's folder has its own")
+        if flags.FLAGS.json:
+            check_writable(pathlib.Path(flags.FLAGS.json))  # now, not after hours of work
         result = main(overrides)
         if flags.FLAGS.json:
             write_json(pathlib.Path(flags.FLAGS.json), result)
@@ -58,6 +63,14 @@ def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = Fa
     except KeyboardInterrupt:
         print(f"\n{verb}: interrupted{'; the same command goes on from the last checkpoint' if resumes else ''}", file=sys.stderr)
         sys.exit(130)
+
+
+def _unraisable(unraisable) -> None:
+    """Python drops an interruption that falls into a callback (JAX has one in the garbage collector): here it comes again."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _one_line(error) -> str:

@@ -37,10 +37,11 @@ def main(overrides):
             bar.update(scored)
 
         result = evaluate_run(run, FLAGS.split, FLAGS.text, FLAGS.data_path, FLAGS.context, FLAGS.stride, progress)
+    words = f"{result['word_perplexity']:.1f}" if result["words"] else "–"
     print(f"{result['text']}, scored by {FLAGS.workdir} at step {result['checkpoint']['step']} ({run.which})")
     print(
         f"  perplexity {result['perplexity']:.3f}   loss {result['loss']:.4f} nats/token   "
-        f"{result['bits_per_byte']:.4f} bits/byte   word perplexity {result['word_perplexity']:.1f}"
+        f"{result['bits_per_byte']:.4f} bits/byte   word perplexity {words}"
     )
     print(
         f"  {result['tokens']:,} tokens, {result['bytes']:,} bytes, {result['words']:,} words; "

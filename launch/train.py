@@ -28,6 +28,7 @@ def main(overrides):
     draft = command.load_config(FLAGS.config, overrides)
     from launch import console
     from lm import parallel
+    from lm.evaluation.perplexity import perplexity
     from lm.training.train import prepare, train
 
     parallel.start()
@@ -47,7 +48,7 @@ def main(overrides):
     finally:
         listener.close()
     quick = (
-        f"best valid perplexity {math.exp(result.best_loss):.2f} (quick look) at step {result.best_step:,}; "
+        f"best valid perplexity {perplexity(result.best_loss):.2f} (quick look) at step {result.best_step:,}; "
         if math.isfinite(result.best_loss)
         else ""
     )

@@ -210,7 +210,9 @@ class OptimizerConfig(Section):
     )
     decay_start_epoch: int | None = setting(None, "step: epochs at the full learning rate", at_least=0)
     plateau_patience: int | None = setting(None, "plateau: evaluations without improvement before a decay", at_least=0)
-    weight_decay: float = setting(0.0, "decay of the matrices per unit of learning rate", at_least=0)
+    weight_decay: float | None = setting(
+        None, "decay of the matrices per unit of learning rate; by default 0.01 for adamw, else 0", at_least=0
+    )
     clip_norm: float | None = setting(1.0, "largest global norm of the gradient; None: no such clipping", above=0)
     clip_value: float | None = setting(None, "largest absolute value of a gradient entry, instead of clip_norm", above=0)
     momentum: float | None = setting(None, "momentum, muon: decay of the velocity; rmsprop: of the squares", at_least=0, below=1)
@@ -497,6 +499,8 @@ def _resolve_rest(config):
     optimizer, training, evaluation, model = config.optimizer, config.training, config.evaluation, config.model
     if optimizer.clip_norm is not None and optimizer.clip_value is not None:
         raise UserError("config.optimizer.clip_norm and config.optimizer.clip_value are both set; set the other to None")
+    if optimizer.weight_decay is None:
+        optimizer.weight_decay = 0.01 if optimizer.name == "adamw" else 0.0
     if optimizer.name == "muon" and optimizer.adam_learning_rate is None:
         optimizer.adam_learning_rate = optimizer.learning_rate
     if config.data.batch_size % training.num_micro_batches:
@@ -556,9 +560,18 @@ def from_json(values: dict, cls=Config):
 
 
 def load_resolved(values: dict) -> Config:
-    """The frozen config of a finished run, from its resolved form; widths it had solved stay as they are."""
+    """The frozen config of a finished run, from its resolved form; widths it had solved stay as they are.
+
+    Raises:
+      UserError: a field that does not exist, or a value that it cannot have.
+    """
     config = from_json(values)
-    for section in [*(v for v in vars(config).values() if isinstance(v, Section)), config]:
+    sections = [*(v for v in vars(config).values() if isinstance(v, Section)), config]
+    for section in sections:
+        for field in dataclasses.fields(section):
+            if field.metadata:
+                _check_value(section, field, config.model.architecture)
+    for section in sections:
         object.__setattr__(section, "_frozen", True)
     return config
 

@@ -33,6 +33,18 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
+def check_writable(path: pathlib.Path) -> None:
+    """Raises a UserError unless a file can be written there; makes its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
 def sha256_of(path: pathlib.Path) -> str:
     """Hash of a file's bytes, read in pieces."""
     with path.open("rb") as file:
@@ -57,4 +69,4 @@ def read_json(path: pathlib.Path, missing: str) -> dict[str, Any]:
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     """Writes a JSON file for people and programs, atomically."""
-    write_atomically(path, json.dumps(values, indent=2) + "\n")
+    write_atomically(path, json.dumps(values, indent=2, allow_nan=False) + "\n")

@@ -40,14 +40,19 @@ def start(allocator: str = "tuned") -> None:
     """
     try:
         platform = jax.default_backend()
-    except RuntimeError as error:
-        asked = jax.config.jax_platforms
+    except (RuntimeError, AssertionError) as error:  # jax asserts that some backend came up
+        asked, told = jax.config.jax_platforms, str(error).strip().splitlines()
         raise UserError(
-            f"JAX cannot start {asked!r}, which JAX_PLATFORMS asks for: {str(error).splitlines()[0]}; install the extra for it "
+            f"JAX cannot start {asked!r}, which JAX_PLATFORMS asks for{f': {told[0]}' if told else ''}; install the extra for it "
             "(pip install -e '.[cuda]' or '.[tpu]') or set JAX_PLATFORMS=cpu"
         ) from None
     if platform == "cpu" and allocator == "tuned":
         keep_freed_memory()
+
+
+def num_devices_here() -> int:
+    """Devices that JAX sees."""
+    return len(jax.devices())
 
 
 class Placement:

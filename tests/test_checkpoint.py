@@ -11,7 +11,7 @@ import pytest
 from helpers import refused
 
 from lm.runs import checkpoint
-from lm.runs.checkpoint import Checkpoints, check_like
+from lm.runs.checkpoint import Checkpoints, check_like, shapes_of
 
 
 @pytest.fixture
@@ -147,9 +147,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, warnings):
         assert checkpoints.latest_sound() == 2, name
         assert len(warnings()) == number and reason in warnings()[-1], name
         assert str(folder / "3") in warnings()[-1] and "going on from step 2" in warnings()[-1]
-        with refused(f"checkpoint {folder / '3'} is damaged", reason, "choose another --step"):
+        with refused(f"checkpoint {folder / '3'} cannot be used", reason, "choose another --step"):
             checkpoints.choose("3")
-        assert checkpoints.damage(2) is None and checkpoints.choose("2") == 2
+        assert checkpoints.damage(2) is None and checkpoints.choose("2") == (2, "2")
     assert Checkpoints(tmp_path / "sound").latest_sound() == 3 and len(warnings()) == len(DAMAGES)
 
 
@@ -157,15 +157,43 @@ def test_nothing_sound_is_one_sentence(tmp_path):
     save(tmp_path, 1, 2)
     for step in (1, 2):
         flip(array_of(tmp_path, step))
-    with refused(f"checkpoint {tmp_path / '1'} is damaged", f"checkpoint {tmp_path / '2'} is damaged", f"remove {tmp_path}"):
+    with refused(
+        f"checkpoint {tmp_path / '1'} cannot be used", f"checkpoint {tmp_path / '2'} cannot be used", f"remove {tmp_path}"
+    ):
         Checkpoints(tmp_path).latest_sound()
     assert Checkpoints(tmp_path / "none").latest_sound() is None
 
 
-def test_a_removed_manifest_is_a_checkpoint_that_is_not_there(tmp_path):
+def test_another_model_s_checkpoint_is_passed_over_like_a_damaged_one(tmp_path, warnings):
+    save(tmp_path, 1, 2)
+    wider = {**params_at(1), "output": {"bias": np.zeros(4, np.float32)}}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, wider, training_at(3), {"best_step": 3})
+    ours = Checkpoints(tmp_path, shapes_of(params_at(1)))
+    assert ours.latest_sound() == 2
+    assert "another model: output/bias is (4,) there and (3,) here" in warnings()[-1]
+    assert Checkpoints(tmp_path, shapes_of(wider)).latest_sound() == 3
+    assert Checkpoints(tmp_path).latest_sound() == 3
+    with refused("output/bias is (3,) there and (4,) here", "no sound one"):
+        shutil.rmtree(tmp_path / "3")
+        Checkpoints(tmp_path, shapes_of(wider)).latest_sound()
+
+
+def test_a_manifest_that_lists_too_little_is_damage(tmp_path):
+    save(tmp_path, 1)
+    path = tmp_path / "1" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sha256": {}}))
+    assert Checkpoints(tmp_path).damage(1) == "progress.json is missing"
+
+
+def test_a_removed_manifest_is_damage(tmp_path, warnings):
     save(tmp_path, 1, 2, 3)
     (tmp_path / "3" / "manifest.json").unlink()
     assert Checkpoints(tmp_path).latest_sound() == 2
+    assert "manifest.json is missing" in warnings()[-1]
+    shutil.copytree(tmp_path / "3", tmp_path / "alone" / "3")
+    with refused(str(tmp_path / "alone" / "3"), "manifest.json is missing", "no sound one"):  # never a silent start anew
+        Checkpoints(tmp_path / "alone").choose("best")
     with refused("--step=3 names no checkpoint", "best, latest, 2"):
         Checkpoints(tmp_path).choose("3")
 
@@ -173,7 +201,7 @@ def test_a_removed_manifest_is_a_checkpoint_that_is_not_there(tmp_path):
 def test_another_model_is_refused_by_the_first_array_that_differs(tmp_path):
     save(tmp_path, 1)
     checkpoints = Checkpoints(tmp_path)
-    where = f"checkpoint {tmp_path / '1'} belongs to another model"
+    where = f"checkpoint {tmp_path / '1'}: it belongs to another model"
     wider = {**params_at(1), "output": {"bias": np.zeros(4)}}
     with refused(where, "output/bias is (3,) there and (4,) here"):
         checkpoints.restore(1, wider, training_at(1))
@@ -200,19 +228,24 @@ def test_choosing_a_checkpoint(tmp_path, warnings):
         Checkpoints(folder).choose("best")
     save(folder, 1, 2, 3, 4, best=1)
     checkpoints = Checkpoints(folder)
-    assert [checkpoints.choose(which) for which in ("best", "latest", "1", "3")] == [1, 4, 1, 3]
+    assert [checkpoints.choose(which) for which in ("best", "latest", "1", "3")] == [
+        (1, "best"),
+        (4, "latest"),
+        (1, "1"),
+        (3, "3"),
+    ]
     for which in ("2", "5", "newest", "-1", ""):
         with refused(f"--step={which} names no checkpoint", "best, latest, 1, 3, 4"):
             checkpoints.choose(which)
     assert warnings() == []
 
     flip(array_of(folder, 1))
-    assert checkpoints.choose("best") == 4
+    assert checkpoints.choose("best") == (4, "latest")  # a figure of it must not pass for the best one's
     assert "best checkpoint (step 1) is missing or damaged; step 4 is taken instead" in warnings()[0]
     shutil.rmtree(folder / "1")
-    assert checkpoints.choose("best") == 4 and len(warnings()) == 2
+    assert checkpoints.choose("best") == (4, "latest") and len(warnings()) == 2
     flip(array_of(folder, 4))
-    assert checkpoints.choose("latest") == 3
+    assert checkpoints.choose("latest") == (3, "latest")
 
 
 def test_a_disk_that_is_full_leaves_the_earlier_ones(tmp_path, monkeypatch):

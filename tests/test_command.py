@@ -222,7 +222,7 @@ BAD = [
     ("train --config={w}/lstm.py --workdir={w}/x --config.data.cache_dir={w}/file", ["{w}/file cannot be written"]),
     ("train --config={w}/lstm.py --workdir={w}/x --config.data.batch_size=1000", ["config.data.batch_size 1000 ×"]),
     ("train --config={w}/lstm.py --workdir={w}/x --config.num_devices=99", ["config.num_devices is 99", "device"]),
-    ("train --config={w}/lstm.py --workdir={w}/file", ["--workdir {w}/file cannot be written"]),
+    ("train --config={w}/lstm.py --workdir={w}/file", ["--workdir {w}/file is a file; give a folder"]),
     ("train --config={w}/ngram.py --workdir={w}/counted --config.model.ngram_order=3", ["model.ngram_order: 2 then, 3 now"]),
     ("train --config={w}/lstm.py --workdir={w}/x --nosuch=1", ["nosuch", "--help lists the flags of launch.train"]),
     ("train --config={w}/lstm.py --workdir={w}/x --dry_run=perhaps", ["--dry_run=perhaps", "true or false"]),

@@ -2,14 +2,18 @@
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import math
+import re
+import shutil
 
+import jax
 import numpy as np
 import pytest
 from helpers import draft, refused, untrained_run, write_corpus
 
-from lm.config import Config, resolve
+from lm.config import Config, replaced, resolve
 from lm.data import tokenizers
 from lm.evaluation import evaluate
 from lm.evaluation.evaluate import evaluate_run
@@ -105,13 +109,14 @@ def test_what_is_not_the_run_s_own_figure_has_a_name_that_says_so(lstm, corpus, 
         evaluate_run(run, text=str(tmp_path / "my text (1).txt"))["name"],
         evaluate_run(latest, text=str(tmp_path / "my text (1).txt"))["name"],
     ]
+    digest = hashlib.sha256(b"a cat\n").hexdigest()[:8]
     assert names == [
         "valid.context-8-stride-4",
         "valid.context-8-stride-2",
         "valid.step-2",
         "valid.step-2.context-8-stride-2",
-        "text-my-text-1-.txt",
-        "text-my-text-1-.txt.step-2",
+        f"text-{digest}-my-text-1-.txt",
+        f"text-{digest}-my-text-1-.txt.step-2",
     ]
     for name in names:
         record, _, nll = stored(lstm, name)
@@ -144,7 +149,8 @@ def test_any_text_can_be_scored_with_the_run_s_tokenizer(ngram, tmp_path):
     (tmp_path / "other.txt.gz").write_bytes(gzip.compress(b"the cat xyzzy\n\nsat"))
     run = open_run(str(ngram))
     found = evaluate_run(run, text=str(tmp_path / "other.txt.gz"))
-    record, targets, nll = stored(ngram, "text-other.txt.gz")
+    record, targets, nll = stored(ngram, found["name"])
+    assert re.fullmatch(r"text-[0-9a-f]{8}-other\.txt\.gz", found["name"])
     assert (found["split"], found["tokens"], found["bytes"], found["words"]) == ("text", 7, 18, 4)
     symbols = [run.tokenizer.symbols[i] for i in targets]
     assert symbols == ["the", "cat", "<unk>", "<eos>", "<eos>", "sat", "<eos>"]
@@ -153,7 +159,8 @@ def test_any_text_can_be_scored_with_the_run_s_tokenizer(ngram, tmp_path):
     assert evaluate_run(run, text=str(tmp_path / "other.txt.gz"))["stored"]
     (tmp_path / "other.txt.gz").write_bytes(gzip.compress(b"the dog\n"))
     changed = evaluate_run(run, text=str(tmp_path / "other.txt.gz"))
-    assert (changed["stored"], changed["tokens"], changed["times_scored"]) == (False, 3, 2)
+    assert (changed["stored"], changed["tokens"], changed["times_scored"]) == (False, 3, 1)
+    assert changed["name"] != found["name"]  # files of one name do not overwrite each other's figures
 
 
 def test_the_text_of_a_split_is_the_split(ngram, corpus):
@@ -184,7 +191,6 @@ def test_another_checkpoint_or_protocol_is_not_taken_for_the_stored_one(corpus, 
         {"text_sha256": "another"},
         {"protocol": {**record["protocol"], "precision": "bfloat16"}},
         {"tokenizer": {**record["tokenizer"], "sha256": "another"}},
-        {"tokens": 1},
     ):
         path.write_text(json.dumps({**record, **change}))
         again = evaluate_run(run, "valid")
@@ -227,6 +233,41 @@ def test_a_folder_that_cannot_be_written(ngram, corpus, tmp_path):
         evaluate_run(run, "valid")
 
 
+def test_a_stored_figure_needs_no_text_any_more(tmp_path):
+    own = write_corpus(tmp_path / "own", train=60, valid=10, test=12)
+    run = open_run(str(untrained_run(draft(own, "ngram"), tmp_path / "run")))
+    first = evaluate_run(run, "test")
+    shutil.rmtree(own)
+    assert evaluate_run(run, "test") == {**first, "stored": True}
+    with refused("does not exist", "--data_path"):
+        evaluate_run(run, "valid")
+
+
+def test_a_figure_of_a_fallback_does_not_take_the_best_one_s_place(corpus, tmp_path):
+    workdir = untrained_run(draft(corpus), tmp_path / "run", steps=(1, 2))
+    best = evaluate_run(open_run(str(workdir)), "test")
+    (workdir / "checkpoints" / "1" / "progress.json").write_text("{}")
+    other = evaluate_run(open_run(str(workdir)), "test")
+    assert (best["name"], other["name"], other["checkpoint"]["which"]) == ("test", "test.step-2", "latest")
+    assert stored(workdir, "test")[0]["times_scored"] == 1
+
+
+def test_parameters_that_have_diverged_give_no_figure(corpus, tmp_path):
+    run = open_run(str(untrained_run(draft(corpus), tmp_path / "run")))
+    bad = dataclasses.replace(run, params=jax.tree.map(lambda x: x * np.nan, run.params))
+    with refused("no finite loss", "diverged"):
+        evaluate_run(bad, "valid")
+    assert not (run.folder.evaluation / "valid.json").exists()
+
+
+def test_a_run_of_many_devices_is_scored_on_those_there_are(corpus, tmp_path):
+    config = draft(corpus, "transformer", evaluation__context=8, evaluation__stride=4)
+    run = open_run(str(untrained_run(config, tmp_path / "run")))
+    wide = dataclasses.replace(run, config=replaced(run.config, "data"))
+    object.__setattr__(wide.config, "num_devices", 64)
+    assert evaluate_run(wide, "valid")["nll_sum"] == pytest.approx(evaluate_run(run, "valid")["nll_sum"], rel=1e-6)
+
+
 def test_opening_a_run(lstm, tmp_path):
     run = open_run(str(lstm))
     assert (run.step, run.which, run.config.model.hidden_dim) == (1, "best", 8)
@@ -234,5 +275,13 @@ def test_opening_a_run(lstm, tmp_path):
     with refused(str(tmp_path), "holds no run"):
         open_run(str(tmp_path))
     RunFolder(tmp_path).write_config(draft(tmp_path), run.config, run.facts)
-    with refused(str(tmp_path), "has no checkpoint yet", "train it first"):
+    with refused(str(tmp_path), "no checkpoint yet", "train it first"):
         open_run(str(tmp_path))
+
+
+def test_a_run_whose_tokenizer_has_changed_is_refused(corpus, tmp_path):
+    workdir = untrained_run(draft(corpus), tmp_path / "run")
+    path = workdir / "tokenizer.json"
+    path.write_text(path.read_text().replace('"a", "b"', '"b", "a"'))
+    with refused(str(path), "not the one that this run was trained with"):
+        open_run(str(workdir))

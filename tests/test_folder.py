@@ -50,7 +50,7 @@ def test_another_process_is_named_and_its_death_frees_the_folder(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for place in (tmp_path / "file", tmp_path / "file" / "run"):
-        with refused(f"--workdir {place} cannot be written"), RunFolder(place).locked():
+        with refused(f"--workdir {place}", "give a folder"), RunFolder(place).locked():
             pass
 
 
@@ -112,8 +112,20 @@ def test_another_experiment_is_refused_by_the_fields_that_differ(tmp_path):
         folder.check_same_experiment(other, FACTS)
     with refused(str(tmp_path), "vocab_size: 50 then, 60 now"):
         folder.check_same_experiment(config, {**FACTS, "vocab_size": 60})
-    with refused(str(tmp_path), "splits: {'train': 'abc'} then, {'train': 'abd'} now"):
+    with refused(str(tmp_path), "the text of train has changed"):
         folder.check_same_experiment(config, {**FACTS, "splits": {"train": "abd"}})
+    with refused(str(tmp_path), "its tokenizer.json has changed"):
+        folder.check_same_experiment(config, {**FACTS, "tokenizer_sha256": "abd"})
+
+
+def test_what_a_resumed_run_may_change_is_noted(tmp_path):
+    folder, config = RunFolder(tmp_path), resolve(Config())
+    folder.write_config(Config(), config, FACTS)
+    longer = changed(Config(), training__num_steps=2000)
+    folder.update_config(longer, resolve(longer))
+    found, saved = folder.read_config()
+    assert found.training.num_steps == 2000 and saved["given"]["training"]["num_steps"] == 2000
+    assert {name: saved[name] for name in FACTS} == FACTS
 
 
 def test_a_folder_without_a_run_or_with_a_damaged_one(tmp_path):
@@ -129,6 +141,10 @@ def test_a_folder_without_a_run_or_with_a_damaged_one(tmp_path):
     folder.config.write_text('{"resolved": {"model": {"hiden_dim": 3}}}')
     with refused("config.model.hiden_dim does not exist"):
         folder.read_config()
+    for field, value in (("num_layers", "one"), ("architecture", "lxtm"), ("dropout_rate", -1)):
+        folder.config.write_text(json.dumps({"resolved": {"model": {field: value}}}))
+        with refused(f"{folder.config} is damaged: config.model.{field} is {value!r}"):
+            folder.read_config()
     folder.config.unlink()
     folder.config.mkdir()
     with refused(str(folder.config), "cannot be read"):

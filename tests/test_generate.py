@@ -166,7 +166,8 @@ def test_words_stand_apart_from_the_prompt(monkeypatch):
 
 def test_bad_values_are_refused(rnn, tmp_path):
     for sampling, parts in (
-        (Sampling(temperature=-1.0), ["--temperature=-1.0", "0 (the likeliest token) or more"]),
+        (Sampling(temperature=-1.0), ["--temperature=-1.0", "0 (the likeliest token), or a number of at least 0.001"]),
+        (Sampling(temperature=1e-50), ["--temperature=1e-50"]),
         (Sampling(temperature=float("nan")), ["--temperature=nan"]),
         (Sampling(temperature=float("inf")), ["--temperature=inf"]),
         (Sampling(top_k=0), ["--top_k=0", "at least 1", "13"]),

@@ -263,7 +263,7 @@ def test_more_steps_go_on_as_if_meant_from_the_start(runs, corpus, tmp_path):
 def test_another_experiment_is_refused(runs, corpus, tmp_path):
     config, workdir = runs["lstm"]
     other = write_corpus(tmp_path / "corpus", train=41, valid=8, test=8)
-    with refused(str(workdir), "splits: "):
+    with refused(str(workdir), "the text of train, valid, test has changed"):
         train(lstm(other), str(workdir))
     for fields, sentence in (
         (dict(seed=4), "seed: 3 then, 4 now"),
@@ -297,7 +297,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(corpus, tmp_path, monkeypatch):
         patch.setattr(training, "batches", poisoned)
         patch.setattr(training.MetricsLog, "close", lambda log: closed.append(close(log)))
         with refused(
-            "loss or gradient of step 11 is not finite", "learning rate 0.2", "config.optimizer.learning_rate", "step 8 is kept"
+            "loss, gradient or update of step 11 is not finite",
+            "learning rate 0.2",
+            "config.optimizer.learning_rate",
+            "step 8 is kept",
         ):
             train(config, str(tmp_path))
     assert closed == [None]  # an open writer of events complains when Python ends
@@ -310,7 +313,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(corpus, tmp_path, monkeypatch):
 
 def test_a_huge_learning_rate_ends_the_run(corpus, tmp_path):
     config = draft(corpus, "lstm", optimizer__learning_rate=1e38, optimizer__name="sgd", training__num_steps=50)
-    with refused("loss or gradient of step 2 is not finite (learning rate 1e+38)", "there was no checkpoint yet"):
+    with refused("loss, gradient or update of step 1 is not finite (learning rate 1e+38)", "there was no checkpoint yet"):
         train(config, str(tmp_path))
     assert open_run_is_refused(tmp_path)
 

@@ -135,5 +135,8 @@ def _ids(split, tokenizer):
 
 
 def _with_final_newline(lines):
+    line = ""
     for line in lines:
-        yield line if line.endswith("\n") else line + "\n"
+        yield line
+    if line and not line.endswith("\n"):
+        yield "\n"

@@ -9,6 +9,7 @@ import io
 import itertools
 import os
 import pathlib
+import re
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from lm.config import DataConfig
 from lm.errors import UserError
 
 SPLITS = ("train", "valid", "test")
+_LONGEST = 1 << 16  # bytes of a line that are read at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +205,7 @@ def _characters(path, low, high, whole_lines) -> Iterator[str]:
 
 
 def read_lines(path: pathlib.Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file or its .gz, newline kept, one at a time.
+    """The lines of a UTF-8 text file or its .gz, newline kept, one at a time; a very long line in pieces.
 
     Raises:
       UserError: a file that is missing, empty, binary, not UTF-8, or has CRLF line ends or a byte order mark.
@@ -211,7 +213,7 @@ def read_lines(path: pathlib.Path) -> Iterator[str]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             number = 0
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(_pieces(file), 1):
                 if number == 1 and line.startswith(b"\xef\xbb\xbf"):
                     raise UserError(f"{path} begins with a byte order mark (BOM); remove it: sed -i '1s/^\\xEF\\xBB\\xBF//'")
                 if b"\0" in line:
@@ -231,3 +233,21 @@ def read_lines(path: pathlib.Path) -> Iterator[str]:
                 raise UserError(f"{path} is empty; there is no text to read")
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _pieces(file) -> Iterator[bytes]:
+    """The lines of a binary file, those beyond _LONGEST bytes in pieces, so that memory does not grow with them.
+
+    A line is cut before a single space between two words, where no tokenizer joins what stands on both sides; one that
+    has none is cut between characters.
+    """
+    rest = b""
+    while chunk := file.readline(_LONGEST):
+        chunk, rest = rest + chunk, b""
+        if len(chunk) >= _LONGEST and not chunk.endswith(b"\n"):
+            cuts = [match.start() for match in re.finditer(rb"(?<=\S) (?=\S)", chunk)]
+            cut = cuts[-1] if cuts else max(i for i in range(len(chunk) - 3, len(chunk)) if chunk[i] & 0xC0 != 0x80)
+            chunk, rest = chunk[:cut], chunk[cut:]
+        yield chunk
+    if rest:
+        yield rest

@@ -1,5 +1,6 @@
 """Evaluating a finished run: which text, under which protocol, and the files that keep the figure with its protocol."""
 
+import dataclasses
 import io
 import os
 import pathlib
@@ -18,7 +19,7 @@ from lm.evaluation.perplexity import Layout, figures, token_losses
 from lm.evaluation.scorers import NgramScorer, Scorer, neural_scorer
 from lm.files import read_json, write_json
 from lm.models.ngram import Ngram
-from lm.parallel import Placement, place
+from lm.parallel import Placement, num_devices_here
 from lm.runs.open import Run
 
 _SPLIT_OF_TEXT = "text"
@@ -56,30 +57,48 @@ def evaluate_run(
     name, layout = _name_and_layout(run, split, text, context, stride)
     if run.config.model.architecture == "transformer" and layout.context is None:
         run.model.initial_carry(1)  # raises its sentence before any text is read
-    found = _corpus(run, split, text, data_path)
-    path = run.folder.evaluation / f"{name}.json"
     scorer, layout = _scorer(run, layout)
-    wanted = _protocol(run, split if text is None else _SPLIT_OF_TEXT, found, layout, scorer)
-    earlier = read_json(path, "") if path.exists() else None
-    if (
-        earlier
-        and all(earlier.get(field) == value for field, value in wanted.items() if field not in ("checkpoint", "text"))
-        and (earlier["checkpoint"]["step"] == run.step)
-    ):
-        return {**earlier, "name": name, "stored": True}
+    wanted = _protocol(run, split if text is None else _SPLIT_OF_TEXT, layout, scorer)
+    if text is None and data_path is None:  # then the run knows its text, which need not be there any more
+        known = {"text_sha256": run.facts.get("splits", {}).get(split)}
+        path, earlier = _earlier(run, name, {**wanted, **known})
+        if earlier:
+            return earlier
+    found = _corpus(run, split, text, data_path)
+    if text is not None:
+        name = name.replace(_SPLIT_OF_TEXT, f"{_SPLIT_OF_TEXT}-{found.size.sha256[:8]}", 1)  # files of one name differ
+    wanted |= _text(found)
+    path, earlier = _earlier(run, name, wanted)
+    if earlier:
+        return earlier
 
     started = time.perf_counter()
     nll_N = token_losses(scorer, found, layout, lambda scored: progress(scored, len(found.tokens)))
     seconds = time.perf_counter() - started
+    if not np.isfinite(nll_N).all():
+        raise UserError(
+            f"{run.folder.path} at step {run.step} gives token {int(np.argmin(np.isfinite(nll_N)))} of {found.name} no finite "
+            "loss: its parameters have diverged; choose another --step, or train it anew with a smaller learning rate"
+        )
     result = {
         **figures(nll_N, found.size.num_bytes, found.size.num_words),
         **wanted,
         "seconds": round(seconds, 3),
-        "times_scored": 1 + (earlier or {}).get("times_scored", 0),
+        "times_scored": 1 + (read_json(path, "").get("times_scored", 0) if path.exists() else 0),
     }
     _write_scores(path.with_suffix(".npz"), np.asarray(found.tokens, np.int32), nll_N)
     write_json(path, result)
     return {**result, "name": name, "stored": False}
+
+
+def _earlier(run, name, wanted):
+    """Where a figure is stored, and what is stored there for the same checkpoint, text and protocol, if anything."""
+    path = run.folder.evaluation / f"{name}.json"
+    earlier = read_json(path, "") if path.exists() else {}
+    same = all(earlier.get(field) == value for field, value in wanted.items() if field not in ("checkpoint", "text"))
+    if same and earlier.get("checkpoint", {}).get("step") == run.step:
+        return path, {**earlier, "name": name, "stored": True}
+    return path, None
 
 
 def _name_and_layout(run, split, text, context, stride):
@@ -109,7 +128,11 @@ def _corpus(run, split, text, data_path) -> Corpus:
             if data.source != "text":
                 raise UserError(f"--data_path is set, but this run's source is {data.source!r}, which has no path")
             data = replaced(run.config, "data", path=data_path).data
-        found = sources.load(data)[split]
+        try:
+            found = sources.load(data)[split]
+        except UserError as error:
+            hint = "; --data_path says where the run's corpus stands now" if data.source == "text" else ""
+            raise UserError(f"{error}{hint}") from None
         trained_on = run.facts.get("splits", {}).get(split)
         if trained_on is not None and trained_on != found.size.sha256:
             raise UserError(
@@ -132,21 +155,27 @@ def _corpus(run, split, text, data_path) -> Corpus:
 def _scorer(run, layout) -> tuple[Scorer, Layout]:
     if isinstance(run.model, Ngram):
         return NgramScorer(run.model, run.model.prepare(run.params)), layout
-    placement = place(run.config) if layout.context else Placement(1)
-    rows = -(-layout.rows // placement.num_devices) * placement.num_devices
+    # a run of more devices than there are here is scored on those there are: the figure does not depend on them
+    wanted = run.config.num_devices
+    placement = Placement(wanted and min(wanted, num_devices_here())) if layout.context else Placement(1)
     params = placement.put_state(run.params)
-    return neural_scorer(run.model, placement)(params), Layout(layout.context, layout.stride, rows)
+    return neural_scorer(run.model, placement)(params), dataclasses.replace(layout, row_multiple=placement.num_devices)
 
 
-def _protocol(run, split, found, layout, scorer):
-    """All that a figure depends on (PROTOCOL: it travels with the number)."""
+def _text(found):
     return {
-        "split": split,
         "text": found.name,
         "tokens": len(found.tokens),
         "bytes": found.size.num_bytes,
         "words": found.size.num_words,
         "text_sha256": found.size.sha256,
+    }
+
+
+def _protocol(run, split, layout, scorer):
+    """All that a figure depends on beside the text (PROTOCOL: it travels with the number)."""
+    return {
+        "split": split,
         "tokenizer": {
             "name": run.tokenizer.name,
             "sha256": tokenizers.sha256(run.tokenizer),

@@ -13,6 +13,9 @@ from lm.models.language_model import LanguageModel
 from lm.models.ngram import Ngram
 from lm.runs.open import Run
 
+_LOWEST_TEMPERATURE = 1e-3  # logits divided by less could leave float32
+_MOST = {"num_tokens": 1_000_000, "num_samples": 65_536}
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -30,8 +33,10 @@ class Sampling:
 
     def check(self, vocab_size: int) -> None:
         """Raises a UserError for a value that means nothing."""
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"--temperature={self.temperature} must be 0 (the likeliest token) or more")
+        if self.temperature != 0 and not _LOWEST_TEMPERATURE <= self.temperature < float("inf"):
+            raise UserError(
+                f"--temperature={self.temperature} must be 0 (the likeliest token), or a number of at least {_LOWEST_TEMPERATURE}"
+            )
         if self.top_k is not None and not 1 <= self.top_k <= vocab_size:
             raise UserError(f"--top_k={self.top_k} must be at least 1 and at most the vocabulary's {vocab_size}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -93,8 +98,8 @@ def generate(
     if isinstance(run.model, Ngram):
         raise UserError(f"{run.folder.path} is an n-gram model, which only scores text; generate with a neural run")
     for name, value in (("num_tokens", num_tokens), ("num_samples", num_samples)):
-        if value < 1:
-            raise UserError(f"--{name}={value} must be at least 1")
+        if not 1 <= value <= _MOST[name]:
+            raise UserError(f"--{name}={value} must be at least 1 and at most {_MOST[name]:,}")
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed={seed} must be at least 0 and below 2^32")
     sampling.check(run.tokenizer.vocab_size)

@@ -23,11 +23,18 @@ class Layout:
       stride: tokens scored in each window after the first; the others of a window are its left context.
       rows: windows scored together; with carried state, parallel streams (1 for a final figure: more of them start anew at
         their seams).
+      row_multiple: rows are filled up to a multiple of this with empty ones, so that devices can share them.
     """
 
     context: int | None = None
     stride: int | None = None
     rows: int = 1
+    row_multiple: int = 1
+
+    @property
+    def filled_rows(self) -> int:
+        """Rows of a batch, the empty ones counted."""
+        return -(-self.rows // self.row_multiple) * self.row_multiple
 
 
 def token_losses(
@@ -42,7 +49,7 @@ def token_losses(
       progress: called with the number of tokens scored since the last call.
     """
     nll_N, num_scored = np.zeros(len(corpus.tokens), np.float32), 0
-    memory = None if layout.context else scorer.start(layout.rows)
+    memory = None if layout.context else scorer.start(layout.filled_rows)
     for batch, index_BT in _batches(corpus, layout):
         nll_BT, memory = scorer.score(memory, batch)
         scored = index_BT >= 0
@@ -55,20 +62,23 @@ def token_losses(
 
 def _batches(corpus, layout) -> Iterator[tuple[Batch, np.ndarray]]:
     """Batches, and for each place the index of the token to be noted, -1 where none is."""
-    total, steps = len(corpus.tokens), np.arange(layout.context or _SEGMENT)
+    total = len(corpus.tokens)
+    steps = np.arange(min(layout.context or _SEGMENT, total))
+    rows_B = np.arange(layout.filled_rows)
     if layout.context is None:
         length = math.ceil(total / layout.rows)
-        starts_B = np.arange(layout.rows) * length
+        starts_B = np.where(rows_B < layout.rows, rows_B * length, total)
         ends_B = np.minimum(starts_B + length, total)
         for offset in range(0, length, len(steps)):
             yield _batch(corpus, starts_B + offset, ends_B, starts_B + offset, steps, reset=offset == 0)
         return
     num_windows = 1 + max(math.ceil((total - layout.context) / layout.stride), 0)
     for first in range(0, num_windows, layout.rows):
-        windows_B = np.arange(first, first + layout.rows)
-        starts_B = np.where(windows_B < num_windows, windows_B * layout.stride, total)
+        windows_B = first + rows_B
+        there_B = (windows_B < num_windows) & (rows_B < layout.rows)
+        starts_B = np.where(there_B, windows_B * layout.stride, total)
         scored_B = np.where(windows_B == 0, 0, starts_B + layout.context - layout.stride)
-        yield _batch(corpus, starts_B, np.full(layout.rows, total), scored_B, steps, reset=True)
+        yield _batch(corpus, starts_B, np.full(len(rows_B), total), scored_B, steps, reset=True)
 
 
 def _batch(corpus, starts_B, ends_B, scored_from_B, steps_T, reset):
@@ -89,22 +99,24 @@ def _batch(corpus, starts_B, ends_B, scored_from_B, steps_T, reset):
     return batch, np.where(there_BT & (index_BT >= scored_from_B[:, None]), index_BT, -1)
 
 
-def figures(nll_N: np.ndarray, num_bytes: int, num_words: int) -> dict[str, float]:
+def figures(nll_N: np.ndarray, num_bytes: int, num_words: int) -> dict[str, float | None]:
     """Sums first, in float64; one division and one exp each.
 
     Args:
       nll_N: nats of every token.
-      num_bytes, num_words: of the original text, so that bits_per_byte and word_perplexity do not depend on the tokenizer.
+      num_bytes, num_words: of the original text, so that bits_per_byte and word_perplexity (None where there are no words)
+        do not depend on the tokenizer.
     """
     total = float(np.sum(nll_N, dtype=np.float64))
     return {
         "loss": total / len(nll_N),
-        "perplexity": _exp(total / len(nll_N)),
+        "perplexity": perplexity(total / len(nll_N)),
         "bits_per_byte": total / math.log(2) / num_bytes,
-        "word_perplexity": _exp(total / num_words) if num_words else math.inf,
+        "word_perplexity": perplexity(total / num_words) if num_words else None,
         "nll_sum": total,
     }
 
 
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+def perplexity(loss: float) -> float:
+    """exp(loss); at most e^700, which float64 and JSON can still hold."""
+    return math.exp(min(loss, 700.0))

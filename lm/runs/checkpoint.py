@@ -28,10 +28,14 @@ class Checkpoints:
 
     Saving returns at once and goes on in a thread; the next save, `wait` or leaving the `with` waits for it and raises what
     went wrong. Kept are the best, and the two latest (so that a damaged one has a predecessor).
+
+    Attributes:
+      shapes: path -> shape of the parameters that a checkpoint of this run has, so that one of another model counts as
+        damaged; None: not known.
     """
 
-    def __init__(self, folder: pathlib.Path):
-        self._folder = folder.absolute()
+    def __init__(self, folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]] | None = None):
+        self._folder, self.shapes = folder.absolute(), shapes
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
 
@@ -50,9 +54,11 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The finished checkpoints, in order."""
-        if not self._folder.is_dir():
-            return []
-        return sorted(int(p.name) for p in self._folder.iterdir() if p.name.isdigit() and (p / "manifest.json").exists())
+        return [step for step in self._numbered() if (self._folder / str(step) / "manifest.json").exists()]
+
+    def _numbered(self):
+        """All that look like checkpoints: one without a manifest was being removed, or has lost it."""
+        return sorted(int(p.name) for p in self._folder.iterdir() if p.name.isdigit()) if self._folder.is_dir() else []
 
     def save(self, step: int, params: Any, training: Any, progress: Mapping[str, Any]) -> None:
         """Saves a checkpoint in the background and drops those that are kept no longer.
@@ -88,7 +94,8 @@ class Checkpoints:
                 writer.save(partial / "params", params)
                 writer.save(partial / "training", _flat(training))
             write_atomically(partial / "progress.json", json.dumps(progress))
-            write_atomically(partial / "manifest.json", json.dumps({"step": step, "sha256": _hashes(partial)}))
+            manifest = {"step": step, "shapes": shapes_of(params), "sha256": _hashes(partial)}
+            write_atomically(partial / "manifest.json", json.dumps(manifest))
             if final.exists():
                 shutil.rmtree(final)
             os.replace(partial, final)
@@ -98,25 +105,26 @@ class Checkpoints:
                 f"the checkpoint of step {step} cannot be written to {self._folder}: {error}; earlier ones are untouched"
             ) from None
         keep = {*self.steps()[-2:], progress.get("best_step")}
-        for old in self.steps():
+        for old in self._numbered():
             if old not in keep:
-                (self._folder / str(old) / "manifest.json").unlink()  # half-removed, it must not count
+                (self._folder / str(old) / "manifest.json").unlink(missing_ok=True)  # half-removed, it must not count
                 shutil.rmtree(self._folder / str(old), ignore_errors=True)
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with a checkpoint, in words; None if every file is as it was written."""
+        """What is wrong with a checkpoint, in words; None if every file is as it was written, by a run of this model."""
         folder = self._folder / str(step)
         try:
-            expected = dict(json.loads((folder / "manifest.json").read_text())["sha256"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return "its manifest cannot be read"
+            manifest = json.loads((folder / "manifest.json").read_text())
+            expected, shapes = dict(manifest["sha256"]), {name: tuple(shape) for name, shape in manifest["shapes"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return "its manifest.json is missing or cannot be read"
         found = _hashes(folder)
-        for name, digest in expected.items():
-            if name not in found:
+        for name in {"progress.json": None, **expected}:
+            if name not in found or name not in expected:
                 return f"{name} is missing"
-            if found[name] != digest:
+            if found[name] != expected[name]:
                 return f"{name} is not as it was written"
-        return None
+        return None if self.shapes is None else _difference(self.shapes, shapes)
 
     def latest_sound(self) -> int | None:
         """The latest undamaged checkpoint, with a warning for each damaged one that is passed over; None if there is none yet.
@@ -125,43 +133,46 @@ class Checkpoints:
           UserError: there are checkpoints, but all are damaged.
         """
         reasons = []
-        for step in reversed(self.steps()):
+        for step in reversed(self._numbered()):
             reason = self.damage(step)
             if reason is None:
                 for passed in reasons:
                     log.warning("%s; going on from step %d instead", passed, step)
                 return step
-            reasons.append(f"checkpoint {self._folder / str(step)} is damaged ({reason})")
+            reasons.append(f"checkpoint {self._folder / str(step)} cannot be used ({reason})")
         if reasons:
             raise UserError(f"{'; '.join(reasons)}; there is no sound one to go on from: remove {self._folder} to train anew")
         return None
 
-    def choose(self, which: str) -> int:
+    def choose(self, which: str) -> tuple[int, str]:
         """The step that "best" (on valid), "latest" or a number names, undamaged.
+
+        Returns:
+          The step, and what it is: "best", or another name where the best one was not asked for or not to be had.
 
         Raises:
           UserError: no such checkpoint; the sentence lists those there are.
         """
         steps = self.steps()
-        if not steps:
+        if not self._numbered():
             raise UserError(f"{self._folder.parent} has no checkpoint yet; train it first")
         if which == "latest":
-            return self.latest_sound()
+            return self.latest_sound(), which
         if which == "best":
             latest = self.latest_sound()
             best = self.progress(latest)["best_step"]
             if best is None:  # saved before the first look at valid
-                return latest
+                return latest, "latest"
             if best not in steps or self.damage(best):
                 log.warning("the best checkpoint (step %s) is missing or damaged; step %d is taken instead", best, latest)
-                return latest
-            return best
+                return latest, "latest"
+            return best, which
         if not which.isdigit() or int(which) not in steps:
             raise UserError(f"--step={which} names no checkpoint; there are best, latest, {', '.join(map(str, steps))}")
         reason = self.damage(int(which))
         if reason:
-            raise UserError(f"checkpoint {self._folder / which} is damaged ({reason}); choose another --step")
-        return int(which)
+            raise UserError(f"checkpoint {self._folder / which} cannot be used ({reason}); choose another --step")
+        return int(which), which
 
     def progress(self, step: int) -> dict[str, Any]:
         """The plain values saved with a checkpoint."""
@@ -182,9 +193,9 @@ class Checkpoints:
         """
         saved_params, saved_training = self.params(step), self._restore(step, "training")
         where = f"checkpoint {self._folder / str(step)}"
-        check_like(_flat(params), _flat(saved_params), where)
+        check_like(params, saved_params, where)
         flat = _flat(training)
-        check_like(flat, saved_training, where)
+        check_like(training, saved_training, where)
         leaves = [np.asarray(saved_training[name], leaf.dtype) for name, leaf in flat.items()]
         return saved_params, jax.tree.unflatten(jax.tree.structure(training), leaves)
 
@@ -198,18 +209,29 @@ class Checkpoints:
             raise UserError(f"checkpoint {self._folder / str(step)} cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def check_like(expected: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
+def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of a tree of arrays, or of anything with shapes."""
+    return {name: tuple(np.shape(leaf)) for name, leaf in _flat(tree).items()}
+
+
+def check_like(expected: Any, found: Any, where: str) -> None:
     """Raises a UserError that names the first array which is missing, too many or of another shape.
 
     Args:
-      expected, found: path -> array.
+      expected, found: trees of arrays.
       where: what `found` is, for the sentence.
     """
-    for name in sorted({*expected, *found}):
-        then = tuple(np.shape(found[name])) if name in found else "missing"
-        now = tuple(np.shape(expected[name])) if name in expected else "missing"
-        if then != now:
-            raise UserError(f"{where} belongs to another model: {name} is {then} there and {now} here")
+    difference = _difference(shapes_of(expected), shapes_of(found))
+    if difference:
+        raise UserError(f"{where}: {difference}")
+
+
+def _difference(here, there):
+    for name in sorted({*here, *there}):
+        if here.get(name) != there.get(name):
+            then, now = (shapes.get(name, "missing") for shapes in (there, here))
+            return f"it belongs to another model: {name} is {then} there and {now} here"
+    return None
 
 
 def _flat(tree) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,16 +49,33 @@ class RunFolder:
             return load_resolved(saved["resolved"]), saved
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.config} is damaged: {error!r}") from None
+        except UserError as error:
+            raise UserError(f"{self.config} is damaged: {error}") from None
 
     def write_config(self, given: Config, resolved: Config, facts: dict[str, Any]) -> None:
         """Writes config.json: the config as given and as resolved, and facts that follow from it and the data."""
         write_json(self.config, {"given": to_json(given), "resolved": to_json(resolved), **facts})
 
+    def update_config(self, given: Config, resolved: Config) -> None:
+        """Notes the fields that a run which is taken up again may change; the facts stay."""
+        _, saved = self.read_config()
+        if saved["resolved"] != to_json(resolved):
+            write_json(self.config, {**saved, "given": to_json(given), "resolved": to_json(resolved)})
+
     def check_same_experiment(self, resolved: Config, facts: dict[str, Any]) -> None:
         """Raises a UserError, naming the fields, if this folder's run was started with another config or on other text."""
         old, saved = self.read_config()
         found = differences(old, resolved)
-        found += [f"{name}: {saved.get(name)} then, {value} now" for name, value in facts.items() if saved.get(name) != value]
+        for name, value in facts.items():
+            if saved.get(name) == value:
+                continue
+            if name == "splits":
+                changed = [split for split, digest in value.items() if (saved.get(name) or {}).get(split) != digest]
+                found.append(f"the text of {', '.join(changed)} has changed")
+            elif name == "tokenizer_sha256":
+                found.append("its tokenizer.json has changed")
+            else:
+                found.append(f"{name}: {saved.get(name)} then, {value} now")
         if found:
             raise UserError(
                 f"{self.path} holds another experiment ({'; '.join(found)}); use another --workdir, or go back to its settings"
@@ -71,20 +89,31 @@ class RunFolder:
         """Adds one line to metrics.jsonl."""
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(f"{self.metrics} cannot be written: {error.strerror}") from None
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that was cut short is left out."""
+        """The lines of metrics.jsonl; a last line that was cut short is left out.
+
+        Raises:
+          UserError: another line is damaged.
+        """
         if not self.metrics.exists():
             return
-        with self.metrics.open(encoding="utf-8") as file:
-            for line in file:
-                try:
-                    yield json.loads(line)
-                except ValueError:
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                if not {"step", "split"} <= set(record):
+                    raise ValueError("a line of something else")
+            except (ValueError, TypeError):
+                if number == len(lines):
                     return
+                raise UserError(
+                    f"{self.metrics} is damaged in line {number}; mend that line or take it out, and the run goes on"
+                ) from None
+            yield record
 
     def cut_metrics(self, step: int) -> list[dict[str, Any]]:
         """Takes metrics.jsonl back to what stood there at a step, and returns it."""
@@ -101,8 +130,10 @@ class _Lock:
         try:
             self._path.mkdir(parents=True, exist_ok=True)
             self._file = (self._path / ".lock").open("a+")
+        except FileExistsError:
+            raise UserError(f"--workdir {self._path} is a file; give a folder") from None
         except OSError as error:
-            raise UserError(f"--workdir {self._path} cannot be written: {error.strerror}") from None
+            raise UserError(f"--workdir {self._path} cannot be written ({error.strerror}); give a folder that can be") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -131,7 +162,7 @@ def environment() -> dict[str, Any]:
 
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join(sys.orig_argv[1:]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": _commit(),
         "hardware": f"{_processor()}, {_num_cores()} cores",
         "python": platform.python_version(),

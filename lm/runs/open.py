@@ -1,14 +1,18 @@
 """From a run's folder back to what it is made of: config, tokenizer, model and parameters."""
 
 import dataclasses
+import functools
 from typing import Any
+
+import jax
 
 from lm.config import Config
 from lm.data import tokenizers
-from lm.models.build import build
+from lm.errors import UserError
+from lm.models.build import build, initialise
 from lm.models.language_model import LanguageModel
 from lm.models.ngram import Ngram
-from lm.runs.checkpoint import Checkpoints
+from lm.runs.checkpoint import Checkpoints, shapes_of
 from lm.runs.folder import RunFolder
 
 
@@ -21,7 +25,7 @@ class Run:
       config: resolved, with solved widths.
       facts: all of config.json.
       params: nested dict of NumPy arrays, of checkpoint `step`.
-      which: how that checkpoint was chosen: "best", "latest" or its number.
+      which: what that checkpoint is: "best", "latest" or its number.
     """
 
     folder: RunFolder
@@ -46,7 +50,19 @@ def open_run(workdir: str, step: str = "best") -> Run:
     """
     folder = RunFolder(workdir)
     config, facts = folder.read_config()
-    chosen = Checkpoints(folder.checkpoints).choose(step)
+    if not folder.tokenizer.exists():
+        raise UserError(f"{folder.path} has no tokenizer and no checkpoint yet; train it first")
     tokenizer = tokenizers.load(folder.tokenizer)
+    if tokenizers.sha256(tokenizer) != facts.get("tokenizer_sha256"):
+        raise UserError(f"{folder.tokenizer} is not the one that this run was trained with; put it back, or train the run anew")
     model = build(config, tokenizer.vocab_size)
-    return Run(folder, config, facts, tokenizer, model, Checkpoints(folder.checkpoints).params(chosen), chosen, step)
+    checkpoints = Checkpoints(folder.checkpoints, parameter_shapes(model))
+    chosen, which = checkpoints.choose(step)
+    return Run(folder, config, facts, tokenizer, model, checkpoints.params(chosen), chosen, which)
+
+
+def parameter_shapes(model: LanguageModel | Ngram) -> dict[str, tuple[int, ...]] | None:
+    """Path -> shape of a neural model's parameters; None for an n-gram, whose tables are as long as the text makes them."""
+    if isinstance(model, Ngram):
+        return None
+    return shapes_of(jax.eval_shape(functools.partial(initialise, model, 0)))

@@ -11,7 +11,7 @@ from lm.config import Config
 from lm.data.batches import BatchSource, prefetch
 from lm.parallel import Placement
 from lm.runs.checkpoint import Checkpoints
-from lm.training.metrics import stop_if_not_finite, train_figures
+from lm.training.metrics import stop_if_not_finite, stop_if_valid_is_not_finite, train_figures
 from lm.training.progress import Progress
 from lm.training.step import TrainState, empty_log
 
@@ -76,6 +76,7 @@ def run_loop(
             logged = (step, progress.seconds)
         if looks:
             figures = evaluate(state.params)
+            stop_if_valid_is_not_finite(step, figures["loss"], schedule(step - 1) * scale, checkpoints)
             record({**where, "split": "valid", **figures})
             progress.looked(step, figures["loss"])
             if optimizer.schedule == "plateau" and progress.stalled_since_decay > optimizer.plateau_patience:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lm.errors import UserError
+from lm.evaluation.perplexity import perplexity
 from lm.runs.checkpoint import Checkpoints
 from lm.runs.folder import RunFolder
 
@@ -15,7 +16,7 @@ def train_figures(sums: dict[str, Any]) -> dict[str, float]:
     steps, loss = max(int(sums["steps"]), 1), float(sums["loss"]) / max(float(sums["weight"]), 1e-9)
     return {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),
+        "perplexity": perplexity(loss),
         "gradient_norm": float(sums["gradient_norm"]) / steps,
         "clipped_share": float(sums["clipped"]) / steps,
         "update_norm": float(sums["update_norm"]) / steps,
@@ -23,16 +24,26 @@ def train_figures(sums: dict[str, Any]) -> dict[str, float]:
 
 
 def stop_if_not_finite(sums: dict[str, Any], learning_rate: float, checkpoints: Checkpoints) -> None:
-    """Raises a UserError that names the step, if a loss or gradient since the last look was not finite."""
+    """Raises a UserError that names the step, if a loss, gradient or update since the last look was not finite."""
     bad = int(sums["non_finite_step"])
     if bad:
-        checkpoints.wait()
-        kept = checkpoints.steps()
-        raise UserError(
-            f"the loss or gradient of step {bad} is not finite (learning rate {float(learning_rate):.3g}); try a smaller "
-            "config.optimizer.learning_rate, a smaller config.optimizer.clip_norm or more config.optimizer.warmup_steps; "
-            + (f"the checkpoint of step {kept[-1]} is kept" if kept else "there was no checkpoint yet")
-        )
+        _stop(f"the loss, gradient or update of step {bad}", learning_rate, checkpoints)
+
+
+def stop_if_valid_is_not_finite(step: int, loss: float, learning_rate: float, checkpoints: Checkpoints) -> None:
+    """Raises a UserError if the model after `step` has no finite loss on valid: its parameters are not worth saving."""
+    if not math.isfinite(loss):
+        _stop(f"the loss on valid after step {step}", learning_rate, checkpoints)
+
+
+def _stop(what, learning_rate, checkpoints):
+    checkpoints.wait()
+    kept = checkpoints.steps()
+    raise UserError(
+        f"{what} is not finite (learning rate {float(learning_rate):.3g}); try a smaller config.optimizer.learning_rate, a "
+        "smaller config.optimizer.clip_norm or more config.optimizer.warmup_steps; "
+        + (f"the checkpoint of step {kept[-1]} is kept" if kept else "there was no checkpoint yet")
+    )
 
 
 class MetricsLog:

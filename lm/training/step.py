@@ -38,7 +38,7 @@ class TrainState:
 
 def empty_log() -> dict[str, Array]:
     """Sums that a line of metrics is made of: loss (nats) and weight (tokens); over steps the gradient's norm before
-    clipping, clipped steps and the update's norm; and the first step (from 1) with a non-finite loss or gradient, or 0."""
+    clipping, clipped steps, the update's norm; and the first step (from 1) with a non-finite loss, gradient or update, or 0."""
     zeros = {name: jnp.zeros(()) for name in ("loss", "weight", "gradient_norm", "clipped", "update_norm")}
     return {**zeros, "steps": jnp.zeros((), jnp.int32), "non_finite_step": jnp.zeros((), jnp.int32)}
 
@@ -103,10 +103,11 @@ def train_step(
     weight = jnp.maximum(sums["weight"], 1e-9)  # a batch of padding alone has no gradient, and must not divide by zero
     gradients = jax.tree.map(lambda g: g / weight, gradients)
     gradient_norm = optax.global_norm(gradients)
-    finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(gradient_norm)
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     updates = jax.tree.map(lambda u: u * state.controls["learning_rate_scale"], updates)
+    update_norm = optax.global_norm(updates)
+    finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
     step = state.step + 1
     log = state.log_sums
     already = log["non_finite_step"]
@@ -115,7 +116,7 @@ def train_step(
         "weight": log["weight"] + sums["weight"],
         "gradient_norm": log["gradient_norm"] + gradient_norm,
         "clipped": log["clipped"] + is_clipped(settings, gradients, gradient_norm),
-        "update_norm": log["update_norm"] + optax.global_norm(updates),
+        "update_norm": log["update_norm"] + update_norm,
         "steps": log["steps"] + 1,
         "non_finite_step": jnp.where((already == 0) & ~finite, step, already),
     }

@@ -22,7 +22,7 @@ from lm.objectives import causal_language_model
 from lm.parallel import Placement, device_summary, place
 from lm.runs.checkpoint import Checkpoints, check_like
 from lm.runs.folder import RunFolder
-from lm.runs.open import open_run
+from lm.runs.open import open_run, parameter_shapes
 from lm.training import optimizer as optimizers
 from lm.training.loop import run_loop
 from lm.training.metrics import MetricsLog
@@ -98,7 +98,11 @@ def prepare(draft: Config, folder: RunFolder | None = None) -> Experiment:
         tokenizer = tokenizers.train(config.data, splits["train"], cache)
     train, valid = (corpus.tokenise(splits[name], tokenizer, cache) for name in ("train", "valid"))
     config = solve_widths(config, tokenizer.vocab_size)
-    facts = {"vocab_size": tokenizer.vocab_size, "splits": {name: split.size.sha256 for name, split in splits.items()}}
+    facts = {
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_sha256": tokenizers.sha256(tokenizer),
+        "splits": {name: split.size.sha256 for name, split in splits.items()},
+    }
     if config.model.architecture != "ngram":
         facts["num_params"] = count_params(config, tokenizer.vocab_size)
     return Experiment(config, tokenizer, train, valid, build(config, tokenizer.vocab_size), facts)
@@ -127,8 +131,10 @@ def train(draft: Config, workdir: str, listener: Listener | None = None) -> Trai
     folder = RunFolder(workdir)
     with folder.locked(), Checkpoints(folder.checkpoints) as checkpoints:
         experiment = prepare(draft, folder)
+        checkpoints.shapes = parameter_shapes(experiment.model)
         if folder.config.exists():
             folder.check_same_experiment(experiment.config, experiment.facts)
+            folder.update_config(draft, experiment.config)
         if isinstance(experiment.model, Ngram):
             return _count(draft, experiment, folder, checkpoints, listener)
         return _train(draft, experiment, folder, checkpoints, listener)
@@ -220,15 +226,9 @@ def _restore(config, model, optimizer, source: BatchSource, checkpoints) -> tupl
         return rest["state"].replace(params=params), rest["carry"], Progress(**checkpoints.progress(step)), step
     if config.training.init_from:
         run = open_run(config.training.init_from)
-        check_like(_by_path(params), _by_path(run.params), f"config.training.init_from {config.training.init_from!r}")
+        check_like(params, run.params, f"config.training.init_from {config.training.init_from!r}")
         state = initial_state(run.params, optimizer)
     return state, carry, Progress(), 0
-
-
-def _by_path(tree, prefix=""):
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {path: leaf for name, part in tree.items() for path, leaf in _by_path(part, f"{prefix}/{name}".lstrip("/")).items()}
 
 
 def quick_look(config: Config, model: LanguageModel, valid: Corpus, placement: Placement):
@@ -238,13 +238,12 @@ def quick_look(config: Config, model: LanguageModel, valid: Corpus, placement: P
     the line of metrics says how it was taken.
     """
     settings = config.evaluation
-    rows = -(-settings.rows // placement.num_devices) * placement.num_devices
-    layout = Layout(settings.context, settings.stride, rows)
+    layout = Layout(settings.context, settings.stride, settings.rows, row_multiple=placement.num_devices)
     scorer = neural_scorer(model, placement)
 
     def evaluate(params):
         found = figures(token_losses(scorer(params), valid, layout), valid.size.num_bytes, valid.size.num_words)
         windows = {"context": layout.context, "stride": layout.stride} if layout.context else {}
-        return {"loss": found["loss"], "perplexity": found["perplexity"], "rows": rows, **windows}
+        return {"loss": found["loss"], "perplexity": found["perplexity"], "rows": layout.rows, **windows}
 
     return evaluate
