@@ -1,12 +1,12 @@
 """What the verbs share: flags and --help, config files with overrides, one clear sentence for what is wrong, progress."""
 
-import _thread
 import dataclasses
 import logging
 import os
 import pathlib
 import re
 import runpy
+import signal
 import sys
 import textwrap
 import threading
@@ -68,7 +68,7 @@ def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = Fa
 def _unraisable(unraisable) -> None:
     """Python drops an interruption that falls into a callback (JAX has one in the garbage collector): here it comes again."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        threading.Timer(0.01, _thread.interrupt_main).start()
+        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(unraisable)
 

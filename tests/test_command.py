@@ -197,6 +197,43 @@ def test_a_reader_that_goes_away_ends_a_verb_quietly():
     assert done.stderr == "141\n"
 
 
+def test_a_platform_that_is_not_there_is_one_sentence(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cuda"}
+    command = [sys.executable, "-m", "launch.train", "--config=configs/compare/lstm.py", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("launch.train: ")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "JAX cannot start 'cuda'" in sentence and "JAX_PLATFORMS=cpu" in sentence
+
+
+def test_an_interruption_inside_a_callback_is_not_lost():
+    """Python reports what is raised there and goes on; the verb hears of it all the same."""
+    program = """
+import signal, sys, time
+from launch import command
+class Callback:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+def main(overrides):
+    callback = Callback()
+    del callback
+    time.sleep(20)
+sys.argv = ["verb"]
+command.run(main, "", resumes=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=15
+    )
+    assert done.returncode == 130 and "goes on from the last checkpoint" in done.stderr and "ignored" not in done.stderr
+
+
+def test_a_bad_path_for_json_is_told_before_the_work(workplace, tmp_path):
+    (done,) = call_verbs(
+        [["launch.train", f"--config={workplace}/lstm.py", f"--workdir={tmp_path}/x", "--json=/proc/x"]], tmp_path
+    )
+    assert done.code == 1 and "/proc/x cannot be written" in done.err and not (tmp_path / "x").exists()
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder with a corpus, config files and runs."""

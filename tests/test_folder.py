@@ -83,6 +83,19 @@ def test_a_line_that_was_cut_short_is_left_out(cut, tmp_path):
     assert list(folder.read_metrics()) == [*whole, {"step": 4, "split": "train", "loss": 0.5}]
 
 
+@pytest.mark.parametrize("damage", [b"5", b"{}", b"\xff\xfe", b'{"step": 1, "spl', b'{"step": 1}'])
+def test_another_line_that_is_damaged_is_named_and_nothing_is_lost(damage, tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3):
+        folder.append_metrics({"step": step, "split": "train"})
+    lines = folder.metrics.read_bytes().split(b"\n")
+    folder.metrics.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]))
+    before = folder.metrics.read_bytes()
+    with refused(str(folder.metrics), "damaged in line 2", "take it out"):
+        folder.cut_metrics(3)
+    assert folder.metrics.read_bytes() == before
+
+
 def test_metrics_that_cannot_be_written(tmp_path):
     folder = RunFolder(tmp_path)
     folder.metrics.mkdir()

@@ -43,6 +43,18 @@ class Recorder:
         return context_BT.astype(np.float32), None if memory is None else after
 
 
+def test_empty_rows_beside_the_streams_change_nothing():
+    """Five streams on four devices are scored as five streams, not as eight, which would have other seams."""
+    corpus = corpus_of(np.arange(3000), 5001, eos=EOS)
+    plain = token_losses(Recorder(), corpus, Layout(rows=5))
+    np.testing.assert_array_equal(token_losses(Recorder(), corpus, Layout(rows=5, row_multiple=4)), plain)
+    assert Layout(rows=5, row_multiple=4).filled_rows == 8
+    windows = token_losses(Recorder(), corpus, Layout(context=10, stride=5, rows=3))
+    np.testing.assert_array_equal(token_losses(Recorder(), corpus, Layout(context=10, stride=5, rows=3, row_multiple=2)), windows)
+    whole = token_losses(Recorder(), corpus, Layout(context=100_000, stride=1000, rows=2))
+    np.testing.assert_array_equal(whole, np.arange(3000))
+
+
 class Bigram:
     """Probabilities of a token after another, from a table."""
 

@@ -318,6 +318,14 @@ def test_a_huge_learning_rate_ends_the_run(corpus, tmp_path):
     assert open_run_is_refused(tmp_path)
 
 
+def test_a_model_that_valid_shows_to_have_diverged_is_not_saved(corpus, tmp_path, monkeypatch):
+    """The updates are finite, what they make of the model is not."""
+    monkeypatch.setattr(training, "quick_look", lambda *args: lambda params: {"loss": math.inf, "perplexity": math.inf})
+    with refused("the loss on valid after step 1 is not finite", "there was no checkpoint yet"):
+        train(draft(corpus, "lstm", training__num_steps=1), str(tmp_path))
+    assert open_run_is_refused(tmp_path)
+
+
 def open_run_is_refused(workdir):
     with refused("has no checkpoint yet"):
         open_run(str(workdir))

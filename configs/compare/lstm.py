@@ -7,5 +7,5 @@ from configs.compare._equal_terms import equal_terms
 def get_config(argument=""):
     config = equal_terms("lstm")
     config.model.num_layers = 1
-    config.optimizer.learning_rate = 1.5e-2
+    config.optimizer.learning_rate, config.optimizer.adam_learning_rate = 0.015, 0.04
     return finish(config, argument)
