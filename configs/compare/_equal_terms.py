@@ -2,11 +2,11 @@
 
 from lm.config import Config
 
-NUM_STEPS, TOKENS_PER_STEP = 1120, 2048
+NUM_STEPS, TOKENS_PER_STEP = 960, 2048
 
 
 def equal_terms(architecture: str) -> Config:
-    """A neural model of 800,000 parameters that reads 2.3 million tokens, about three epochs of the built-in corpus.
+    """A neural model of 800,000 parameters that reads 2 million tokens, about three epochs of the built-in corpus.
 
     In so few epochs decay of the matrices helps and dropout does not.
     """
@@ -18,5 +18,5 @@ def equal_terms(architecture: str) -> Config:
     config.optimizer.name, config.optimizer.weight_decay = "muon", 0.3
     config.optimizer.schedule, config.optimizer.warmup_steps, config.optimizer.final_fraction = "cosine", 100, 0.02
     config.training.num_steps = NUM_STEPS
-    config.training.log_every_steps, config.training.evaluate_every_steps = 35, 140
+    config.training.log_every_steps, config.training.evaluate_every_steps = 30, 120
     return config
