@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+_TFDS = ["tensorflow-datasets>=4.9.9", "array_record>=0.8", "importlib_resources>=6.0"]
+
 setup(
     name="lm",
     version="0.1.0",
@@ -27,6 +29,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "peers": ["torch>=2.13"],
+        "tfds": _TFDS,
         "dev": [
             "pytest>=8.4",
             "pytest-xdist>=3.8",
@@ -34,6 +37,10 @@ setup(
             "scipy>=1.15",
             "ruff>=0.14",
             "import-linter>=2.5",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "ipykernel>=6.29",
+            *_TFDS,
         ],
     },
 )

@@ -47,6 +47,12 @@ def main(overrides):
         f"  {result['tokens']:,} tokens, {result['bytes']:,} bytes, {result['words']:,} words; "
         f"{scored_context(result['protocol'])}; {result['protocol']['precision']}; {result['seconds']:.1f} s"
     )
+    if "floor" in result:
+        floor = result["floor"]
+        print(
+            f"  {floor['excess']:.4f} nats/token above the floor of this text, {floor['loss']:.4f} (its process in the long run: "
+            f"{floor['entropy_rate']:.4f} nats/character, exact to {max(floor['entropy_rate_error'], 1e-9):.0e})"
+        )
     print(f"  {'stored before' if result['stored'] else 'written'}: {run.folder.evaluation / result['name']}.json")
     return result
 

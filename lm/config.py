@@ -166,13 +166,40 @@ class ModelConfig(Section):
 @dataclasses.dataclass(eq=False)
 class DataConfig(Section):
     _section: typing.ClassVar = "data"
-    source: str = setting("python_docs", "where the text comes from", choices=("python_docs", "text"))
+    source: str = setting("python_docs", "where the text comes from", choices=("python_docs", "text", "tfds", "synthetic"))
     path: str | None = setting(
-        None, "text: a folder with train, valid and test files, or one file to be split (.gz too)", resumable=True
+        None,
+        "text: a folder with train, valid and test files, or one file to be split (.gz too); tfds: the folder that datasets are "
+        "kept in, or that of one prepared version",
+        resumable=True,
     )
     fractions: tuple[float, ...] | None = setting(
         None, "text, one file: shares of train, valid and test, by characters, in this order", at_least=0, at_most=1
     )
+    dataset: str | None = setting(None, "tfds: a name such as lm1b, or wiki40b/en:1.3.0")
+    text_feature: str | None = setting(None, "tfds: the feature that is read; by default text, or the only text there is")
+    split_expressions: tuple[str, ...] | None = setting(
+        None, "tfds: train, valid and test as split expressions; by default the dataset's own splits"
+    )
+    examples: str | None = setting(
+        None,
+        "tfds: documents: each example ends in <eos>; pieces: they are joined as they stand, as from one text file",
+        choices=("documents", "pieces"),
+    )
+    process: str | None = setting(
+        None,
+        "synthetic: what draws the text (lm/data/synthetic.py says how)",
+        choices=("markov", "hidden_markov", "copy", "dyck"),
+    )
+    num_characters: int | None = setting(
+        None, "synthetic: characters of train; valid and test have a tenth of that each", at_least=10
+    )
+    synthetic_seed: int | None = setting(None, "synthetic: seed of the process and of its text", at_least=0, below=2**32)
+    alphabet_size: int | None = setting(None, "markov, hidden_markov, copy: different letters", at_least=2, at_most=26)
+    markov_order: int | None = setting(None, "markov: letters that the next one depends on", at_least=1)
+    num_states: int | None = setting(None, "hidden_markov: hidden states", at_least=1, at_most=64)
+    copy_length: int | None = setting(None, "copy: letters to be copied", at_least=1)
+    max_depth: int | None = setting(None, "dyck: brackets open at once, at most", at_least=1)
     tokenizer: str = setting("subword", "unit of the text", choices=("byte", "char", "word", "subword"))
     vocab_size: int | None = setting(
         None, "entries of the vocabulary: exact for subword, at most for word, <eos> and <unk> counted", at_least=1
@@ -300,10 +327,23 @@ _MODEL_DEFAULTS = {
     "ngram": dict(ngram_order=5),
 }
 _DEFAULT_HIDDEN_DIM = 256
+_MOST_MARKOV_ENTRIES = 1_000_000
 # field of `data`: which sources or tokenizers it belongs to, and its value there when left open
 _DATA_FIELDS = {
     "fractions": ("source", {"text": None}),
-    "path": ("source", {"text": None}),
+    "path": ("source", {"text": None, "tfds": None}),
+    "dataset": ("source", {"tfds": None}),
+    "text_feature": ("source", {"tfds": None}),
+    "split_expressions": ("source", {"tfds": None}),
+    "examples": ("source", {"tfds": "documents"}),
+    "process": ("source", {"synthetic": "markov"}),
+    "num_characters": ("source", {"synthetic": 1_000_000}),
+    "synthetic_seed": ("source", {"synthetic": 0}),
+    "alphabet_size": ("process", {"markov": 4, "hidden_markov": 4, "copy": 4}),
+    "markov_order": ("process", {"markov": 2}),
+    "num_states": ("process", {"hidden_markov": 4}),
+    "copy_length": ("process", {"copy": 8}),
+    "max_depth": ("process", {"dyck": 8}),
     "vocab_size": ("tokenizer", {"subword": 1000, "word": None}),
     "min_count": ("tokenizer", {"word": 1}),
 }
@@ -483,6 +523,23 @@ def _resolve_dependent(section, table):
 def _resolve_data(data):
     if data.source == "text" and not data.path:
         raise UserError("config.data.source is 'text', but config.data.path is not set: give a folder or a file")
+    if data.source == "tfds" and not (data.path or data.dataset):
+        raise UserError("config.data.source is 'tfds', but neither config.data.dataset nor config.data.path says which dataset")
+    if data.split_expressions is not None and len(data.split_expressions) != 3:
+        raise UserError(
+            f"config.data.split_expressions is {data.split_expressions}, but must be three: of train, valid and test, such as "
+            "('train[:90%]', 'train[90%:95%]', 'train[95%:]')"
+        )
+    if data.source == "synthetic" and data.tokenizer not in ("char", "byte"):
+        raise UserError(
+            f"config.data.source is 'synthetic', whose entropy is known by character, but config.data.tokenizer is "
+            f"{data.tokenizer!r}; set it to char or byte"
+        )
+    if data.process == "markov" and data.alphabet_size ** (data.markov_order + 1) > _MOST_MARKOV_ENTRIES:
+        raise UserError(
+            f"config.data.alphabet_size {data.alphabet_size} and config.data.markov_order {data.markov_order} make a table of "
+            f"more than {_MOST_MARKOV_ENTRIES:,} probabilities; make one of them smaller"
+        )
     if data.fractions is not None and (len(data.fractions) != 3 or abs(sum(data.fractions) - 1) > 1e-6 or data.fractions[0] <= 0):
         raise UserError(
             f"config.data.fractions is {data.fractions}, but must be three shares (train, valid, test) that add up to 1"

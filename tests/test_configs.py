@@ -9,6 +9,7 @@ import pytest
 
 from launch.command import known_configs, load_config
 from lm.config import Config, Section, given_fields, recording
+from lm.data.tfds_text import prepare_text_files
 from lm.evaluation.evaluate import evaluate_run
 from lm.runs.open import open_run
 from lm.training.train import train
@@ -48,8 +49,10 @@ def run(config: Config, workdir: pathlib.Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", known_configs())
-def test_every_config_trains_and_reads_what_it_sets(path, tmp_path):
+def test_every_config_trains_and_reads_what_it_sets(path, corpus, tmp_path):
     config = load_config(f"{ROOT / path}:runlocal=1", [])
+    if config.data.source == "text":
+        config.data.path = str(corpus)  # the texts themselves are not part of the project
     reads = run(config, tmp_path)
     assert given_fields(config) <= reads
     _ran.add(path)
@@ -155,6 +158,17 @@ RUNS = {
         optimizer__name="muon",
         optimizer__schedule="inverse_sqrt",
     ),
+    "markov": dict(data__process="markov", data__alphabet_size=3, data__markov_order=1, data__synthetic_seed=1),
+    "hidden markov": dict(data__process="hidden_markov", data__alphabet_size=3, data__num_states=2),
+    "copy": dict(data__process="copy", data__alphabet_size=3, data__copy_length=3),
+    "dyck": dict(data__process="dyck", data__max_depth=3),
+    "tfds": dict(
+        data__source="tfds",
+        data__dataset="text_files",
+        data__text_feature="text",
+        data__split_expressions=("train[:80%]", "train[80%:90%]", "train[90%:]"),
+        data__examples="documents",
+    ),
     "ngram": dict(model__architecture="ngram", model__ngram_order=2),
 }
 
@@ -162,11 +176,18 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_what_is_set_is_read(name, corpus, tmp_path):
     config = tiny(corpus, **RUNS[name])
+    if config.data.process:
+        config.data.source, config.data.path, config.data.tokenizer = "synthetic", None, "char"
+        config.data.num_characters, config.model.hidden_dim = 2_000, 8
+    if name == "tfds":
+        pytest.importorskip("tensorflow_datasets")
+        prepare_text_files({"train": corpus / "train.txt"}, tmp_path / "datasets")
+        config.data.path, config.model.hidden_dim = str(tmp_path / "datasets"), 8
     if name == "ngram":
         config = Config()
         config.data.source, config.data.path, config.data.tokenizer = "text", str(corpus), "byte"
         config.model.architecture, config.model.ngram_order = "ngram", 2
-    reads = run(config, tmp_path)
+    reads = run(config, tmp_path / "run")
     assert given_fields(config) <= reads
     _ran.add(name)
 

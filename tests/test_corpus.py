@@ -10,6 +10,7 @@ from helpers import changed, corpus_of, refused
 from lm.config import Config
 from lm.data import corpus, sources
 from lm.data.corpus import Corpus, tokenise
+from lm.data.lines import lines_of
 from lm.data.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer
 
 WORD = WordTokenizer(["<eos>", "<unk>", "a", "b"])
@@ -18,11 +19,11 @@ BYTE = ByteTokenizer()
 
 
 def open_text(text):
-    return sources.Split("open", lambda: [sources.lines_of(text)])
+    return sources.Split("open", lambda: [lines_of(text)])
 
 
 def closed(*documents):
-    return sources.Split("closed", lambda: [sources.lines_of(document) for document in documents], closed=True)
+    return sources.Split("closed", lambda: [lines_of(document) for document in documents], closed=True)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from lm.config import Config, resolve
 from lm.data import sources, tokenizers
+from lm.data.lines import lines_of, read_lines
 
 SEPARATORS = "one\u2028two\x0bthree\x0cfour\x1cfive\x85six\rseven\n"  # str.splitlines would make seven lines of this one
 
@@ -149,19 +150,19 @@ def test_with_words_no_line_is_torn(tmp_path):
 def test_lines_end_at_newlines_only(tmp_path):
     text = SEPARATORS * 2 + "last"
     (tmp_path / "a.txt").write_bytes(text.encode())
-    assert list(sources.read_lines(tmp_path / "a.txt")) == [SEPARATORS, SEPARATORS, "last"]
-    assert list(sources.lines_of(text)) == [SEPARATORS, SEPARATORS, "last"]
-    assert list(sources.lines_of("a\r\nb\n")) == ["a\r\n", "b\n"]
-    assert list(sources.lines_of("")) == []
+    assert list(read_lines(tmp_path / "a.txt")) == [SEPARATORS, SEPARATORS, "last"]
+    assert list(lines_of(text)) == [SEPARATORS, SEPARATORS, "last"]
+    assert list(lines_of("a\r\nb\n")) == ["a\r\n", "b\n"]
+    assert list(lines_of("")) == []
 
 
 def test_a_very_long_line_comes_in_pieces_that_change_no_token(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_LONGEST", 64)
+    monkeypatch.setattr("lm.data.lines._LONGEST", 64)
     draw = random.Random(0)
     words = "".join(draw.choices("ab ü", [6, 6, 3, 1], k=2000))
     text = f"{words}\nshort line\n{'ö' * 500}\n{words[:300]}"  # ö: nowhere to cut but between characters
     (tmp_path / "a.txt").write_text(text)
-    pieces = list(sources.read_lines(tmp_path / "a.txt"))
+    pieces = list(read_lines(tmp_path / "a.txt"))
     assert "".join(pieces) == text and max(len(piece.encode()) for piece in pieces) < 2 * 64
     assert all(piece.endswith("\n") or piece[-1] not in " \n" for piece in pieces)
     for name, fields in (("subword", dict(data__vocab_size=260)), ("word", {}), ("char", {}), ("byte", {})):
@@ -172,7 +173,7 @@ def test_a_very_long_line_comes_in_pieces_that_change_no_token(tmp_path, monkeyp
             lines, pieces = lines[:2], list(itertools.takewhile(lambda piece: "ö" not in piece, pieces))
         whole_ids = np.concatenate(list(tokenizer.encode_lines(lines)))
         np.testing.assert_array_equal(np.concatenate(list(tokenizer.encode_lines(pieces))), whole_ids, err_msg=name)
-        pieces = list(sources.read_lines(tmp_path / "a.txt"))
+        pieces = list(read_lines(tmp_path / "a.txt"))
 
 
 BAD = {

@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from lm.config import Config, resolve
 from lm.data import sources, tokenizers
+from lm.data.lines import lines_of
 from lm.data.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer, encode
 
 TRAINING = ("the cat sat on the mat – über, naïve\n" + " ".join(WORDS) + "\n\n\tdef f(x):  return x + 1\n") * 20
@@ -40,7 +41,7 @@ TEXTS = st.lists(
 
 
 def split_of(*documents, name="train"):
-    return sources.Split(name, lambda: [sources.lines_of(document) for document in documents])
+    return sources.Split(name, lambda: [lines_of(document) for document in documents])
 
 
 def train(kind, *documents, cache=None, **fields):
@@ -59,10 +60,10 @@ def check_round_trip(tokenizer, text):
     ids = encode(tokenizer, text, strict=True)
     assert tokenizer.decode(ids) == text
     assert ids.dtype == np.int32 and not np.any(ids == tokenizer.eos) and np.all(ids < tokenizer.vocab_size)
-    lines = list(tokenizer.encode_lines(sources.lines_of(text)))
-    assert len(lines) == len(list(sources.lines_of(text)))
+    lines = list(tokenizer.encode_lines(lines_of(text)))
+    assert len(lines) == len(list(lines_of(text)))
     np.testing.assert_array_equal(np.concatenate([*lines, np.zeros(0, int)]), ids)
-    for line, part in zip(sources.lines_of(text), lines, strict=True):  # no line depends on another
+    for line, part in zip(lines_of(text), lines, strict=True):  # no line depends on another
         np.testing.assert_array_equal(encode(tokenizer, line), part)
 
 

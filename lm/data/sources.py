@@ -3,22 +3,21 @@
 import ast
 import dataclasses
 import functools
-import gzip
 import hashlib
-import io
 import itertools
 import os
 import pathlib
-import re
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
+
 from lm.config import DataConfig
+from lm.data import synthetic, tfds_text
+from lm.data.lines import lines_of, read_lines
 from lm.errors import UserError
 
 SPLITS = ("train", "valid", "test")
-_LONGEST = 1 << 16  # bytes of a line that are read at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +28,13 @@ class Split:
       name: what a message calls it, such as a path.
       documents: gives the documents, each an iterable of lines that keep their newline.
       closed: whether a document's end is an event of its own, which one `eos` stands for.
+      floor: of a text whose law is known, what no model can beat; else None.
     """
 
     name: str
     documents: Callable[[], Iterable[Iterable[str]]]
     closed: bool = False
+    floor: "Floor | None" = None
 
     @functools.cached_property
     def size(self) -> "TextSize":
@@ -51,6 +52,19 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
+class Floor:
+    """The true law of a text.
+
+    Attributes:
+      nats: gives the true -log p of each character given all before it, in order, in pieces.
+      entropy_rate: what their mean comes to in a long text.
+    """
+
+    nats: Callable[[], Iterator[np.ndarray]]
+    entropy_rate: synthetic.EntropyRate
+
+
+@dataclasses.dataclass(frozen=True)
 class TextSize:
     """What identifies a text whatever its tokenizer: sha256, UTF-8 bytes, words between white space."""
 
@@ -59,18 +73,13 @@ class TextSize:
     num_words: int
 
 
-def lines_of(text: str) -> Iterator[str]:
-    """The lines of a text with their newlines; unlike str.splitlines, no other character ends a line."""
-    return iter(io.StringIO(text, newline="\n"))
-
-
 def load(data: DataConfig) -> dict[str, Split]:
     """The three splits of the configured source.
 
     Raises:
       UserError: a path that is missing, or text that cannot be read.
     """
-    return {"python_docs": python_docs, "text": text}[data.source](data)
+    return {"python_docs": python_docs, "text": text, "tfds": tfds_examples, "synthetic": synthetic_text}[data.source](data)
 
 
 def python_docs(data: DataConfig) -> dict[str, Split]:
@@ -204,50 +213,33 @@ def _characters(path, low, high, whole_lines) -> Iterator[str]:
             yield line[max(low - start, 0) : high - start]
 
 
-def read_lines(path: pathlib.Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file or its .gz, newline kept, one at a time; a very long line in pieces.
+def tfds_examples(data: DataConfig) -> dict[str, Split]:
+    """A prepared dataset of tensorflow-datasets: each example a document, or all of them the pieces of one text."""
 
-    Raises:
-      UserError: a file that is missing, empty, binary, not UTF-8, or has CRLF line ends or a byte order mark.
-    """
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            number = 0
-            for number, line in enumerate(_pieces(file), 1):
-                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                    raise UserError(f"{path} begins with a byte order mark (BOM); remove it: sed -i '1s/^\\xEF\\xBB\\xBF//'")
-                if b"\0" in line:
-                    raise UserError(f"{path} is a binary file (line {number} holds a zero byte); text in UTF-8 is needed")
-                if line.endswith(b"\r\n"):
-                    raise UserError(
-                        f"{path} has CRLF line ends (line {number}); make them LF, for example with: sed -i 's/\\r$//'"
-                    )
-                try:
-                    yield line.decode()
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path} is not UTF-8: byte {line[error.start]:#04x} in line {number}, column {error.start + 1}; "
-                        "convert it, for example with iconv"
-                    ) from None
-            if not number:
-                raise UserError(f"{path} is empty; there is no text to read")
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    def documents(examples):
+        return (lines_of(example) for example in examples())
+
+    def pieces(examples):
+        yield itertools.chain.from_iterable(documents(examples))
+
+    closed = data.examples == "documents"
+    return {
+        name: Split(examples.name, functools.partial(documents if closed else pieces, examples), closed)
+        for name, examples in tfds_text.load(data).items()
+    }
 
 
-def _pieces(file) -> Iterator[bytes]:
-    """The lines of a binary file, those beyond _LONGEST bytes in pieces, so that memory does not grow with them.
+def synthetic_text(data: DataConfig) -> dict[str, Split]:
+    """Text drawn from a process whose entropy is known, the same for the same fields of the config."""
+    entropy_rate = synthetic.process(data).entropy_rate()
 
-    A line is cut before a single space between two words, where no tokenizer joins what stands on both sides; one that
-    has none is cut between characters.
-    """
-    rest = b""
-    while chunk := file.readline(_LONGEST):
-        chunk, rest = rest + chunk, b""
-        if len(chunk) >= _LONGEST and not chunk.endswith(b"\n"):
-            cuts = [match.start() for match in re.finditer(rb"(?<=\S) (?=\S)", chunk)]
-            cut = cuts[-1] if cuts else max(i for i in range(len(chunk) - 3, len(chunk)) if chunk[i] & 0xC0 != 0x80)
-            chunk, rest = chunk[:cut], chunk[cut:]
-        yield chunk
-    if rest:
-        yield rest
+    def split(name):
+        def lines():
+            return (characters for characters, _ in synthetic.text(data, name))
+
+        def nats():
+            return (nats for _, nats in synthetic.text(data, name))
+
+        return Split(f"synthetic {data.process}/{name}", functools.partial(_one_document, lines), floor=Floor(nats, entropy_rate))
+
+    return {name: split(name) for name in SPLITS}

@@ -11,7 +11,8 @@ from typing import Protocol
 import numpy as np
 
 from lm.config import DataConfig
-from lm.data.sources import Split, lines_of
+from lm.data.lines import lines_of
+from lm.data.sources import Split
 from lm.errors import UserError
 from lm.files import write_atomically
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import os
 import pathlib
 import re
@@ -13,7 +14,6 @@ import numpy as np
 
 from lm.config import replaced
 from lm.data import corpus, sources, tokenizers
-from lm.data.corpus import Corpus
 from lm.errors import UserError
 from lm.evaluation.perplexity import Layout, figures, token_losses
 from lm.evaluation.scorers import NgramScorer, Scorer, neural_scorer
@@ -23,6 +23,7 @@ from lm.parallel import Placement, num_devices_here
 from lm.runs.open import Run
 
 _SPLIT_OF_TEXT = "text"
+_LUCK = math.log(1e6)  # nats
 
 
 def evaluate_run(
@@ -64,7 +65,8 @@ def evaluate_run(
         path, earlier = _earlier(run, name, {**wanted, **known})
         if earlier:
             return earlier
-    found = _corpus(run, split, text, data_path)
+    source = _source(run, split, text, data_path)
+    found = corpus.tokenise(source, run.tokenizer, corpus.cache_dir(run.config.data))
     if text is not None:
         name = name.replace(_SPLIT_OF_TEXT, f"{_SPLIT_OF_TEXT}-{found.size.sha256[:8]}", 1)  # files of one name differ
     wanted |= _text(found)
@@ -86,6 +88,8 @@ def evaluate_run(
         "seconds": round(seconds, 3),
         "times_scored": 1 + (read_json(path, "").get("times_scored", 0) if path.exists() else 0),
     }
+    if source.floor is not None:
+        result["floor"] = floor(source, result["nll_sum"], len(nll_N), fresh=split != "train")
     _write_scores(path.with_suffix(".npz"), np.asarray(found.tokens, np.int32), nll_N)
     write_json(path, result)
     return {**result, "name": name, "stored": False}
@@ -121,7 +125,7 @@ def _name_and_layout(run, split, text, context, stride):
     return f"{name}.context-{context}-stride-{stride}", Layout(context, stride, settings.rows)
 
 
-def _corpus(run, split, text, data_path) -> Corpus:
+def _source(run, split, text, data_path) -> sources.Split:
     data = run.config.data
     if text is None:
         if data_path is not None:
@@ -149,7 +153,42 @@ def _corpus(run, split, text, data_path) -> Corpus:
         if not os.path.isfile(text):
             raise UserError(f"--text={text} is not a file; give a text file in UTF-8, or its .gz")
         found = sources.text_file(pathlib.Path(text))
-    return corpus.tokenise(found, run.tokenizer, corpus.cache_dir(data))
+    return found
+
+
+def floor(source: sources.Split, nll_sum: float, num_tokens: int, fresh: bool) -> dict[str, float]:
+    """How far a result lies above the true law of its text.
+
+    A model that has not seen the text assigns it more probability than its true law does by a factor of e^x or more with
+    probability at most e^-x, whatever the model: the ratio has expectation 1 (Markov's inequality). Beyond a chance of one
+    in a million the figure is therefore refused.
+
+    Args:
+      source: with a floor.
+      nll_sum: nats that the model needs for the text.
+      fresh: whether the model has never seen the text.
+
+    Returns:
+      `loss` of the true law on this very text and `excess` of the model over it, nats per token; `entropy_rate` and
+      `entropy_rate_error`, nats per character in the long run.
+
+    Raises:
+      UserError: a model below the floor, to which the text must have leaked.
+    """
+    floor_sum = sum(float(nats.sum()) for nats in source.floor.nats())
+    if fresh and nll_sum < floor_sum - _LUCK:
+        raise UserError(
+            f"{source.name} cost the model {nll_sum:.1f} nats, but its true law {floor_sum:.1f}: no model that has not seen the "
+            f"text gets more than {_LUCK:.1f} nats below that but once in a million, so the text has leaked into the model or "
+            "the code does not score what it says; this figure is not kept"
+        )
+    rate = source.floor.entropy_rate
+    return {
+        "loss": floor_sum / num_tokens,
+        "excess": (nll_sum - floor_sum) / num_tokens,
+        "entropy_rate": rate.nats,
+        "entropy_rate_error": rate.error,
+    }
 
 
 def _scorer(run, layout) -> tuple[Scorer, Layout]:

@@ -83,6 +83,7 @@ def figures(run: Run) -> dict:
         "test_perplexity": test["perplexity"],
         "test_bits_per_byte": test["bits_per_byte"],
         "test_word_perplexity": test["word_perplexity"],
+        "test_excess": test.get("floor", {}).get("excess"),
         "context": test["protocol"]["context"],
         "stride": test["protocol"]["stride"],
         "precision": test["protocol"]["precision"],
@@ -105,7 +106,11 @@ def comparison_table(runs: Sequence[Run]) -> Table:
     same_tokens = check_comparable(runs, "test")
     check_comparable([run for run in runs if "valid" in run.evaluations], "valid")
     rows = [figures(run) for run in runs]
-    columns = _columns(same_tokens, mixed_precision=len({row["precision"] for row in rows}) > 1)
+    columns = _columns(
+        same_tokens,
+        known_floor=any(row["test_excess"] is not None for row in rows),
+        mixed_precision=len({row["precision"] for row in rows}) > 1,
+    )
     cells = [column.show([_value(row, column.key) for row in rows], runs) for column in columns]
     return Table(
         headers=tuple(column.header for column in columns),
@@ -150,7 +155,7 @@ def perplexity_decimals(values: Sequence[float | None]) -> int:
     return 3 if any(value is not None and value < 10 for value in values) else 2
 
 
-def _columns(same_tokens, mixed_precision):
+def _columns(same_tokens, known_floor, mixed_precision):
     if same_tokens:
         results = [
             _Column("valid_perplexity", "valid perplexity", _perplexities, result=True),
@@ -170,6 +175,7 @@ def _columns(same_tokens, mixed_precision):
         _Column("tokens_per_second", "tokens/s", _whole),
         _Column("train_seconds", "train time", lambda values, runs: [duration(value) for value in values]),
         *results,
+        *([_Column("test_excess", "test excess, nats/token", _bits, result=True)] if known_floor else []),
         _Column("context", "test context", lambda values, runs: [scored_context(value) for value in values], numeric=False),
         *([_Column("precision", "precision", lambda values, runs: values, numeric=False)] if mixed_precision else []),
         _Column("step", "step", _whole),
@@ -216,6 +222,12 @@ def _notes(runs, same_tokens):
                 "A word tokenizer predicts one unknown-word token where others must spell a rare word out, which flatters its "
                 "bits per byte."
             )
+    for floor in [run.evaluation("test")["floor"] for run in runs if "floor" in run.evaluation("test")][:1]:
+        yield (
+            f"The excess is over the floor of this text, {floor['loss']:.4f} nats per token: its true law's own loss, which no "
+            f"model can beat. In the long run the law has {floor['entropy_rate']:.4f} nats per character (at most "
+            f"{floor['entropy_rate_error']:.0e} off)."
+        )
     for run in runs:
         if "valid" not in run.evaluations:
             continue

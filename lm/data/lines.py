@@ -1,0 +1,66 @@
+"""Lines of text: of a string, and of UTF-8 files, with a clear sentence for what is no such file."""
+
+import gzip
+import io
+import pathlib
+import re
+import zlib
+from collections.abc import Iterator
+
+from lm.errors import UserError
+
+_LONGEST = 1 << 16  # bytes of a line that are read at once
+
+
+def lines_of(text: str) -> Iterator[str]:
+    """The lines of a text with their newlines; unlike str.splitlines, no other character ends a line."""
+    return iter(io.StringIO(text, newline="\n"))
+
+
+def read_lines(path: pathlib.Path) -> Iterator[str]:
+    """The lines of a UTF-8 text file or its .gz, newline kept, one at a time; a very long line in pieces.
+
+    Raises:
+      UserError: a file that is missing, empty, binary, not UTF-8, or has CRLF line ends or a byte order mark.
+    """
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            number = 0
+            for number, line in enumerate(_pieces(file), 1):
+                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                    raise UserError(f"{path} begins with a byte order mark (BOM); remove it: sed -i '1s/^\\xEF\\xBB\\xBF//'")
+                if b"\0" in line:
+                    raise UserError(f"{path} is a binary file (line {number} holds a zero byte); text in UTF-8 is needed")
+                if line.endswith(b"\r\n"):
+                    raise UserError(
+                        f"{path} has CRLF line ends (line {number}); make them LF, for example with: sed -i 's/\\r$//'"
+                    )
+                try:
+                    yield line.decode()
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{path} is not UTF-8: byte {line[error.start]:#04x} in line {number}, column {error.start + 1}; "
+                        "convert it, for example with iconv"
+                    ) from None
+            if not number:
+                raise UserError(f"{path} is empty; there is no text to read")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _pieces(file) -> Iterator[bytes]:
+    """The lines of a binary file, those beyond _LONGEST bytes in pieces, so that memory does not grow with them.
+
+    A line is cut before a single space between two words, where no tokenizer joins what stands on both sides; one that
+    has none is cut between characters.
+    """
+    rest = b""
+    while chunk := file.readline(_LONGEST):
+        chunk, rest = rest + chunk, b""
+        if len(chunk) >= _LONGEST and not chunk.endswith(b"\n"):
+            cuts = [match.start() for match in re.finditer(rb"(?<=\S) (?=\S)", chunk)]
+            cut = cuts[-1] if cuts else max(i for i in range(len(chunk) - 3, len(chunk)) if chunk[i] & 0xC0 != 0x80)
+            chunk, rest = chunk[:cut], chunk[cut:]
+        yield chunk
+    if rest:
+        yield rest
