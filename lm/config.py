@@ -207,8 +207,9 @@ class DataConfig(Section):
     min_count: int | None = setting(None, "word: occurrences in train below which a word becomes <unk>", at_least=1)
     order: str = setting(
         "stream",
-        "stream: contiguous rows, state carried from step to step; windows: shuffled, each starting empty",
-        choices=("stream", "windows"),
+        "stream: contiguous rows, state carried from step to step; windows: shuffled, each starting empty; packed: such windows "
+        "in which no document sees another; padded: a document a row (a document ends with <eos>)",
+        choices=("stream", "windows", "packed", "padded"),
     )
     seq_len: int = setting(64, "tokens of a row in one step", at_least=1)
     batch_size: int = setting(32, "rows of a step over all devices", at_least=1)

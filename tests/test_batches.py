@@ -1,4 +1,4 @@
-"""lm.data.batches: batches are pure, streams are contiguous, windows come once an epoch, and prefetching changes nothing."""
+"""lm.data.batches: batches are pure, streams contiguous, windows come once an epoch, documents keep apart; prefetching."""
 
 import gc
 import itertools
@@ -8,10 +8,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from helpers import changed, corpus_of, refused
+from helpers import changed, corpus_of, model_and_params, refused
 
 from lm.config import Config, resolve
-from lm.data.batches import Stream, Windows, batches, prefetch
+from lm.data.batches import Batch, Packed, Padded, Stream, Windows, batches, prefetch
+from lm.objectives import causal_language_model
 
 EOS = 999
 CORPUS = corpus_of(np.arange(101, dtype=np.uint16), vocab_size=1000, eos=EOS)  # each token is its own place
@@ -177,3 +178,76 @@ def test_an_abandoned_prefetch_ends_its_thread():
     del running
     gc.collect()
     assert not threads()
+
+
+# --- documents
+
+
+def corpus_of_documents(lengths, eos=9):
+    """Tokens that are never eos, but for the last of each document."""
+    rng = np.random.default_rng(1)
+    documents = [np.append(rng.integers(0, eos, length - 1), eos) for length in lengths]
+    return corpus_of(np.concatenate(documents).astype(np.uint16), vocab_size=eos + 1, eos=eos), documents
+
+
+def test_packed_windows_end_a_segment_with_each_document():
+    corpus, _ = corpus_of_documents([3, 1, 5, 7, 2, 6])
+    packed, windows = Packed(corpus, 2, 6, seed=3), Windows(corpus, 2, 6, seed=3)
+    for step in range(8):
+        ours, plain = packed.batch(step, slice(None)), windows.batch(step, slice(None))
+        np.testing.assert_array_equal(ours.targets_BT, plain.targets_BT)
+        np.testing.assert_array_equal(ours.inputs_BT, plain.inputs_BT)
+        for row in range(2):
+            segment = 1
+            for t in range(6):
+                assert ours.segments_BT[row, t] == segment
+                segment += int(ours.targets_BT[row, t] == corpus.eos)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_padded_rows_hold_every_token_once_an_epoch(closed):
+    lengths = [3, 1, 5, 12, 2, 6, 13]
+    corpus, documents = corpus_of_documents(lengths)
+    if not closed:  # the last document is cut short, without its eos
+        corpus, documents[-1] = corpus_of(corpus.tokens[:-1], 10, eos=9), documents[-1][:-1]
+    source = Padded(corpus, 2, 6, seed=3)
+    pieces = [document[start : start + 6] for document in documents for start in range(0, len(document), 6)]
+    assert (source.num_windows, source.steps_per_epoch) == (len(pieces), Fraction(len(pieces), 2))
+    assert source.tokens_per_step * source.steps_per_epoch == len(corpus.tokens)
+    for epoch in range(2):
+        found = []
+        for i in range(epoch * len(pieces), (epoch + 1) * len(pieces)):
+            batch = source.batch(i // 2, slice(i % 2, i % 2 + 1))
+            there = batch.loss_weights_BT[0] > 0
+            np.testing.assert_array_equal(batch.segments_BT[0], there)
+            assert there.any() and np.all(np.diff(there.astype(int)) <= 0)
+            found.append(tuple(batch.targets_BT[0][there]))
+            np.testing.assert_array_equal(batch.inputs_BT[0, 1:], batch.targets_BT[0, :-1])
+        assert sorted(found) == sorted(map(tuple, pieces))
+
+
+@pytest.mark.parametrize("architecture", ["rnn", "gru", "lstm", "transformer"])
+def test_packed_and_padded_documents_give_the_loss_of_one_at_a_time(architecture):
+    """Windows of 8 into which the documents go without a rest; dropout is off, the parameters prefer some tokens clearly."""
+    import jax
+
+    corpus, documents = corpus_of_documents([3, 5, 8, 1, 2, 5, 6, 2])
+    model, params = model_and_params(architecture, vocab_size=10)
+    objective = causal_language_model(model)
+
+    def losses(batch):
+        sums, _ = objective(params, None, batch, jax.random.key(0), False)
+        return float(sums["loss"]), float(sums["weight"])
+
+    one_at_a_time = 0.0
+    for document in documents:
+        inputs = np.append(corpus.eos, document[:-1])[None].astype(np.int32)
+        ones = np.ones(inputs.shape, np.float32)
+        batch = Batch(inputs, document[None].astype(np.int32), ones, None, np.ones(1, bool), np.zeros(1, np.int32))
+        one_at_a_time += losses(batch)[0]
+    for kind, num_rows in ((Packed, 4), (Padded, 8)):
+        loss, weight = losses(kind(corpus, num_rows, 8, seed=0).batch(0, slice(None)))
+        assert weight == len(corpus.tokens)
+        assert loss == pytest.approx(one_at_a_time, rel=2e-6), kind
+    whole, _ = losses(Windows(corpus, 4, 8, seed=0).batch(0, slice(None)))
+    assert abs(whole - one_at_a_time) > 1e-3 * one_at_a_time  # seeing the document before does make a difference

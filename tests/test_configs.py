@@ -161,13 +161,14 @@ RUNS = {
     "markov": dict(data__process="markov", data__alphabet_size=3, data__markov_order=1, data__synthetic_seed=1),
     "hidden markov": dict(data__process="hidden_markov", data__alphabet_size=3, data__num_states=2),
     "copy": dict(data__process="copy", data__alphabet_size=3, data__copy_length=3),
-    "dyck": dict(data__process="dyck", data__max_depth=3),
+    "dyck": dict(data__process="dyck", data__max_depth=3, data__order="padded"),
     "tfds": dict(
         data__source="tfds",
         data__dataset="text_files",
         data__text_feature="text",
         data__split_expressions=("train[:80%]", "train[80%:90%]", "train[90%:]"),
         data__examples="documents",
+        data__order="packed",
     ),
     "ngram": dict(model__architecture="ngram", model__ngram_order=2),
 }

@@ -1,4 +1,4 @@
-"""Batches as pure functions of (seed, step, rows): contiguous streams and shuffled windows, and their way to the device."""
+"""Batches as pure functions of (seed, step, rows): streams, shuffled windows, documents; and their way to the device."""
 
 import queue
 import threading
@@ -36,11 +36,12 @@ class Batch:
 
 class BatchSource(Protocol):
     """Attributes: `shapes`, every (B, T) that occurs, one compilation each; `carries`, whether state goes from step to step;
-    `steps_per_epoch`, exact."""
+    `steps_per_epoch` and `tokens_per_step` (padding left out, the mean over an epoch), exact."""
 
     shapes: tuple[tuple[int, int], ...]
     carries: bool
     steps_per_epoch: int | Fraction
+    tokens_per_step: int | Fraction
 
     def epoch(self, step: int) -> int:
         """Number of the epoch, from 0, that a step's first row belongs to."""
@@ -54,11 +55,17 @@ class _Source:
         self.tokens, self.eos, self.seed = corpus.tokens, corpus.eos, seed
         self.batch_size, self.seq_len = batch_size, seq_len
         self.shapes = ((batch_size, seq_len),)
-        if len(corpus.tokens) < batch_size * seq_len:
+        self.tokens_per_step: int | Fraction = batch_size * seq_len
+        self.num_rows = self._lay_out(corpus)
+        if self.num_rows < batch_size:
             raise UserError(
                 f"{corpus.name} holds {len(corpus.tokens)} tokens, fewer than one batch of config.data.batch_size {batch_size} × "
                 f"config.data.seq_len {seq_len} = {batch_size * seq_len}; make one of them smaller"
             )
+
+    def _lay_out(self, corpus):
+        """Number of rows that the corpus fills."""
+        return len(corpus.tokens) // self.seq_len
 
     def _batch(self, starts, rows, reset):
         """Rows that predict `tokens[start : start + seq_len]`, each token from the one before it, the first from `eos`."""
@@ -108,28 +115,80 @@ class Windows(_Source):
 
     def __init__(self, corpus, batch_size, seq_len, seed):
         super().__init__(corpus, batch_size, seq_len, seed)
-        self.num_windows = len(corpus.tokens) // seq_len
+        self.num_windows = self.num_rows
         self.steps_per_epoch = Fraction(self.num_windows, batch_size)
 
     def epoch(self, step):
         return step * self.batch_size // self.num_windows
 
-    def batch(self, step, rows):
+    def _windows(self, step, rows):
+        """Numbers of the windows in some rows of a step."""
         from grain.experimental import index_shuffle
 
-        rows = range(self.batch_size)[rows]
-        starts = []
+        windows = []
         for row in rows:
             epoch, index = divmod(step * self.batch_size + row, self.num_windows)
             seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
-            window = index_shuffle(index, max_index=self.num_windows - 1, seed=seed, rounds=4) if self.num_windows > 1 else 0
-            starts.append(window * self.seq_len)
-        return self._batch(starts, rows, reset=True)
+            windows.append(
+                index_shuffle(index, max_index=self.num_windows - 1, seed=seed, rounds=4) if self.num_windows > 1 else 0
+            )
+        return np.array(windows)
+
+    def batch(self, step, rows):
+        rows = range(self.batch_size)[rows]
+        return self._batch(self._windows(step, rows) * self.seq_len, rows, reset=True)
+
+
+class Packed(Windows):
+    """The same windows, in which a document sees nothing of the one before it: a segment ends with its `eos`."""
+
+    def batch(self, step, rows):
+        batch = super().batch(step, rows)
+        ends_BT = batch.targets_BT == self.eos
+        return batch.replace(segments_BT=(1 + np.cumsum(ends_BT, axis=1) - ends_BT).astype(np.int32))
+
+
+class Padded(Windows):
+    """A document a row, shuffled; a longer one in pieces of `seq_len` tokens, a shorter one padded at its end.
+
+    Padding is no segment and has no weight in the loss.
+    """
+
+    def __init__(self, corpus, batch_size, seq_len, seed):
+        super().__init__(corpus, batch_size, seq_len, seed)
+        self.tokens_per_step = Fraction(len(corpus.tokens)) / self.steps_per_epoch
+
+    def _lay_out(self, corpus):
+        ends_D = np.flatnonzero(corpus.tokens == corpus.eos) + 1
+        self._ends_D = ends_D if len(ends_D) and ends_D[-1] == len(corpus.tokens) else np.append(ends_D, len(corpus.tokens))
+        self._starts_D = np.concatenate([[0], self._ends_D[:-1]])
+        pieces_D = -(-(self._ends_D - self._starts_D) // self.seq_len)
+        self._first_piece_D = np.cumsum(pieces_D) - pieces_D
+        return int(pieces_D.sum())
+
+    def batch(self, step, rows):
+        rows = range(self.batch_size)[rows]
+        pieces_B = self._windows(step, rows)
+        documents_B = np.searchsorted(self._first_piece_D, pieces_B, side="right") - 1
+        starts_B = self._starts_D[documents_B] + (pieces_B - self._first_piece_D[documents_B]) * self.seq_len
+        ends_B = self._ends_D[documents_B]
+        index_BT = starts_B[:, None] + np.arange(self.seq_len)
+        there_BT = index_BT < ends_B[:, None]
+        targets_BT = np.where(there_BT, self.tokens[np.minimum(index_BT, len(self.tokens) - 1)], 0)
+        first_B = np.where(starts_B > 0, self.tokens[np.maximum(starts_B - 1, 0)], self.eos)
+        return Batch(
+            inputs_BT=np.concatenate([first_B[:, None], targets_BT[:, :-1]], axis=1).astype(np.int32),
+            targets_BT=targets_BT.astype(np.int32),
+            loss_weights_BT=there_BT.astype(np.float32),
+            segments_BT=there_BT.astype(np.int32),
+            reset_B=np.ones(len(rows), bool),
+            rows_B=np.asarray(rows, np.int32),
+        )
 
 
 def batches(config: Config, corpus: Corpus) -> BatchSource:
     """The configured source of training batches over a corpus."""
-    kind = {"stream": Stream, "windows": Windows}[config.data.order]
+    kind = {"stream": Stream, "windows": Windows, "packed": Packed, "padded": Padded}[config.data.order]
     return kind(corpus, config.data.batch_size, config.data.seq_len, config.seed)
 
 

@@ -64,11 +64,11 @@ def benchmark(
         torch_peer.check(draft, config, placement.devices[0].platform, placement.num_devices)
     experiment = prepare(draft)
     config, vocab_size = experiment.config, experiment.tokenizer.vocab_size
-    tokens_per_step = config.data.batch_size * config.data.seq_len
 
     with contextlib.ExitStack() as stack:
         host_before = host_peak_bytes()
         trainer = stack.enter_context(contextlib.closing(Trainer(experiment, placement)))
+        tokens_per_step = float(trainer.source.tokens_per_step)
         first_step_seconds = trainer.run(1)
         first_loss = trainer.mean_loss()
         trainer.run(_WARM_UP)

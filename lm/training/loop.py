@@ -48,7 +48,7 @@ def run_loop(
     progress.finished = False  # of a run that had ended more steps may be asked
     scale = float(state.controls["learning_rate_scale"])
     state, carry = placement.put_state(state), placement.put_rows(carry)
-    tokens_per_step = config.data.batch_size * config.data.seq_len
+    tokens_per_step = source.tokens_per_step
     mark, logged = time.perf_counter(), (start // training.log_every_steps * training.log_every_steps, progress.seconds)
 
     def batch(step):
@@ -66,10 +66,10 @@ def run_loop(
         sums = placement.get_state(state.log_sums)  # waits for the device
         progress.seconds, mark = progress.seconds + time.perf_counter() - mark, time.perf_counter()
         stop_if_not_finite(sums, schedule(step - 1) * scale, checkpoints)
-        where = {"step": step, "tokens": step * tokens_per_step, "epoch": source.epoch(step - 1)}
+        where = {"step": step, "tokens": int(step * tokens_per_step), "epoch": source.epoch(step - 1)}
         where["seconds"] = round(progress.seconds, 3)
         if logs:
-            rate = (step - logged[0]) * tokens_per_step / max(progress.seconds - logged[1], 1e-9)
+            rate = float((step - logged[0]) * tokens_per_step) / max(progress.seconds - logged[1], 1e-9)
             rates = {"learning_rate": float(schedule(step - 1)) * scale, "tokens_per_second": round(rate, 1)}
             record({**where, "split": "train", **train_figures(sums), **rates})
             state = state.replace(log_sums=placement.put_state(empty_log()))

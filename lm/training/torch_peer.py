@@ -45,6 +45,10 @@ def check(draft: Config, config: Config, platform: str, num_devices: int) -> Non
             f"config.optimizer.weight_decay is {settings.weight_decay}, but torch's momentum would gather the decay in its "
             "velocity; for --against=torch set it to 0 or use adamw"
         )
+    if config.data.order in ("packed", "padded"):
+        raise UserError(
+            f"--against=torch knows no documents within a row, but config.data.order is {config.data.order!r}; set it to windows"
+        )
     if config.model.architecture == "transformer" and config.data.order == "stream":
         raise UserError("--against=torch has no key/value cache for a Transformer's stream; set --config.data.order=windows")
     if platform != "cpu" or num_devices > 1:

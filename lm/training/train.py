@@ -176,7 +176,6 @@ def _train(draft, experiment, folder, checkpoints, listener):
     source = batches(config, experiment.train)
     optimizer, schedule = optimizers.build(config, source.steps_per_epoch)
     state, carry, progress, step = _restore(config, model, optimizer, source, checkpoints)
-    tokens_per_step = config.data.batch_size * config.data.seq_len
     if step < config.training.num_steps and not progress.out_of_patience(config.training.early_stopping):
         _begin(draft, experiment, folder, device_summary(placement))
         listener.started(experiment, step)
@@ -197,7 +196,7 @@ def _train(draft, experiment, folder, checkpoints, listener):
             )
         checkpoints.wait()
         step = checkpoints.steps()[-1]
-    return Trained(step, progress.best_step, progress.best_loss, step * tokens_per_step, progress.seconds)
+    return Trained(step, progress.best_step, progress.best_loss, int(step * source.tokens_per_step), progress.seconds)
 
 
 def compile_step(config: Config, model: LanguageModel, optimizer, placement: Placement):
