@@ -1,0 +1,1 @@
+"""Penn Treebank at word level: published recipes and models beside them. Give the text by --config.data.path."""

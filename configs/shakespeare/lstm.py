@@ -1,0 +1,14 @@
+"""LSTM on tiny Shakespeare, its state carried through the text.
+
+python -m launch.train --config=configs/shakespeare/lstm.py --config.data.path=/path/to/input.txt --workdir=runs/lstm
+"""
+
+from configs._common import finish
+from configs.shakespeare._budget import small_budget
+
+
+def get_config(argument=""):
+    config = small_budget("lstm")
+    config.model.num_layers = 1
+    config.optimizer.learning_rate, config.optimizer.adam_learning_rate = 0.01, 0.01
+    return finish(config, argument)
