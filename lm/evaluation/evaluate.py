@@ -23,6 +23,7 @@ from lm.parallel import Placement, num_devices_here
 from lm.runs.open import Run
 
 _SPLIT_OF_TEXT = "text"
+_SOURCES_WITH_PATH = ("text", "tfds")
 _LUCK = math.log(1e6)  # nats
 
 
@@ -129,13 +130,13 @@ def _source(run, split, text, data_path) -> sources.Split:
     data = run.config.data
     if text is None:
         if data_path is not None:
-            if data.source != "text":
+            if data.source not in _SOURCES_WITH_PATH:
                 raise UserError(f"--data_path is set, but this run's source is {data.source!r}, which has no path")
             data = replaced(run.config, "data", path=data_path).data
         try:
             found = sources.load(data)[split]
         except UserError as error:
-            hint = "; --data_path says where the run's corpus stands now" if data.source == "text" else ""
+            hint = "; --data_path says where the run's corpus stands now" if data.source in _SOURCES_WITH_PATH else ""
             raise UserError(f"{error}{hint}") from None
         trained_on = run.facts.get("splits", {}).get(split)
         if trained_on is not None and trained_on != found.size.sha256:
