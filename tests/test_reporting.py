@@ -365,7 +365,10 @@ def test_report_holds_the_numbers(pair, tmp_path):
         assert (report.parent / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"(plots/{name}.png)" in text and f"plots/{name}.png" in values["plots"]
 
-    gap = {entry["model"]: entry for entry in values["differences"]}
+    gap = {entry["model"]: entry for entry in values["differences"] if entry["against"] == "a"}
+    over_ngram = {entry["model"]: entry["nats_per_token"] for entry in values["differences"] if entry["against"] == "5-gram"}
+    assert over_ngram == {"a": pytest.approx(math.log(20 / 60), abs=1e-6), "b": pytest.approx(math.log(30 / 60), abs=1e-6)}
+    assert "nats per token above a |" in text and "nats per token above 5-gram |" in text
     assert values["best"] == "a" and values["measure"] == "perplexity" and set(gap) == {"b", "5-gram"}
     assert gap["b"]["nats_per_token"] == pytest.approx(math.log(1.5), abs=1e-6)
     assert gap["b"]["low"] < math.log(1.5) < gap["b"]["high"] and gap["b"]["against"] == "a" and gap["b"]["block_length"] == 40

@@ -36,7 +36,8 @@ class Comparison:
     best: str  # name of the run with the lowest test result
     summary: str
     table: Table
-    differences: dict[str, Interval]  # name -> nats per token above the best; empty where the tokenizers differ
+    # reference (the best run, and the best n-gram) -> name -> nats per token above it; empty where the tokenizers differ
+    differences: dict[str, dict[str, Interval]]
 
 
 def compare(workdirs: Mapping[str, str | pathlib.Path]) -> Comparison:
@@ -46,7 +47,7 @@ def compare(workdirs: Mapping[str, str | pathlib.Path]) -> Comparison:
       workdirs: name -> folder, in the order of the table.
 
     Returns:
-      Table, pairwise differences against the best (paired block bootstrap) and a summary made from them.
+      Table, pairwise differences against the best and the best n-gram (paired block bootstrap) and a summary made from them.
 
     Raises:
       UserError: a folder is no evaluated run, the runs are not comparable, or none has a finite result.
@@ -60,7 +61,9 @@ def compare(workdirs: Mapping[str, str | pathlib.Path]) -> Comparison:
     ranked = sorted((run for run in runs if math.isfinite(_test(run, measure))), key=lambda run: _test(run, measure))
     if not ranked:
         raise UserError(f"no run has a finite test {measure}: {', '.join(run.name for run in runs)} have all diverged")
-    differences = _differences(ranked) if same_tokens else {}
+    baseline = next((run for run in ranked if run.is_ngram), ranked[0])
+    references = {run.name: run for run in (ranked[0], baseline)} if same_tokens else {}
+    differences = {name: _differences(ranked, reference) for name, reference in references.items()}
     return Comparison(runs, measure, ranked[0].name, _summary(ranked, measure, differences), table, differences)
 
 
@@ -113,19 +116,20 @@ def _test(run, measure):
     return run.evaluation("test")[measure]
 
 
-def _differences(ranked):
-    """Each finite run against the first of them, on the same tokens; the targets must agree, or the pairs are none."""
-    best, *others = ranked
-    best_targets_N, best_nll_N = best.token_scores("test")
+def _differences(ranked, reference):
+    """Each finite run against one of them, on the same tokens; the targets must agree, or the pairs are none."""
+    reference_targets_N, reference_nll_N = reference.token_scores("test")
     differences = {}
-    for run in others:
+    for run in ranked:
+        if run is reference:
+            continue
         targets_N, nll_N = run.token_scores("test")
-        if not np.array_equal(targets_N, best_targets_N):
+        if not np.array_equal(targets_N, reference_targets_N):
             raise UserError(
-                f"{best.name} and {run.name} cannot be compared on test: text and tokenizer are equal, but targets differ in "
-                f"{run.workdir / 'evaluation' / 'test.npz'}; evaluate both again"
+                f"{reference.name} and {run.name} cannot be compared on test: text and tokenizer are equal, but targets differ "
+                f"in {run.workdir / 'evaluation' / 'test.npz'}; evaluate both again"
             )
-        differences[run.name] = paired_block_bootstrap(nll_N, best_nll_N)
+        differences[run.name] = paired_block_bootstrap(nll_N, reference_nll_N)
     return differences
 
 
@@ -168,7 +172,7 @@ def _summary(ranked, measure, differences):
     if measure == "bits_per_byte":
         text += ". The tokenizers differ, so there is no paired interval of that difference."
     else:
-        gap = differences[second.name]
+        gap = differences[best.name][second.name]
         text += f", a difference of {gap.estimate:.4f} nats per token with a 95% interval of {gap.low:.4f} to {gap.high:.4f}"
         text += ", so the two are told apart on this text." if gap.low > 0 else ", so this text does not tell the two apart."
     baseline = next((run for run in others if run.is_ngram), None)
@@ -190,7 +194,7 @@ def _as_json(comparison, positions, variant, drawn):
         "differences": [
             {
                 "model": name,
-                "against": comparison.best,
+                "against": reference,
                 "nats_per_token": gap.estimate,
                 "low": gap.low,
                 "high": gap.high,
@@ -198,7 +202,8 @@ def _as_json(comparison, positions, variant, drawn):
                 "block_length": _block_length(comparison),
                 "num_resamples": NUM_RESAMPLES,
             }
-            for name, gap in comparison.differences.items()
+            for reference, gaps in comparison.differences.items()
+            for name, gap in gaps.items()
         ],
         "position_variant": variant,
         "loss_by_position": {
@@ -235,17 +240,22 @@ def _as_markdown(comparison, positions, variant, drawn):
 
 
 def _difference_section(comparison):
-    intro = (
-        f"Mean nll on test above that of {comparison.best}, in nats per token, from per-token differences: paired circular block "
-        f"bootstrap, blocks of {_block_length(comparison)} tokens, {NUM_RESAMPLES:,} resamples. The interval covers the choice "
-        "of text, not that of the training seed."
-    )
-    rows = ["| model | nats per token above the best | 95% interval | perplexity ratio |", "| --- | ---: | ---: | ---: |"]
-    rows += [
-        f"| {escaped(name)} | {gap.estimate:.4f} | {gap.low:.4f} to {gap.high:.4f} | {math.exp(min(gap.estimate, 700)):.3f} |"
-        for name, gap in comparison.differences.items()
+    sections = [
+        "Differences in mean nll on test, in nats per token, from per-token differences: paired circular block bootstrap, "
+        f"blocks of {_block_length(comparison)} tokens, {NUM_RESAMPLES:,} resamples. The interval covers the choice of text, "
+        "not that of the training seed."
     ]
-    return intro + "\n\n" + "\n".join(rows)
+    for reference, gaps in comparison.differences.items():
+        rows = [
+            f"| model | nats per token above {escaped(reference)} | 95% interval | perplexity ratio |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        rows += [
+            f"| {escaped(name)} | {gap.estimate:.4f} | {gap.low:.4f} to {gap.high:.4f} | {math.exp(min(gap.estimate, 700)):.3f} |"
+            for name, gap in gaps.items()
+        ]
+        sections.append("\n".join(rows))
+    return "\n\n".join(sections)
 
 
 def _block_length(comparison):
