@@ -10,6 +10,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -67,10 +68,18 @@ def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = Fa
 
 def _unraisable(unraisable) -> None:
     """Python drops an interruption that falls into a callback (JAX has one in the garbage collector): here it comes again."""
-    if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
-    else:
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
+        return
+    leaving = threading.Event()
+
+    def interrupt():
+        leaving.wait()  # not while this hook still runs, where it would be dropped once more
+        time.sleep(0.1)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    leaving.set()
 
 
 def _one_line(error) -> str:
