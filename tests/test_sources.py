@@ -176,7 +176,17 @@ def test_a_very_long_line_comes_in_pieces_that_change_no_token(tmp_path, monkeyp
         pieces = list(read_lines(tmp_path / "a.txt"))
 
 
+@pytest.mark.parametrize("character", ["x", "é", "€", "😀"])
+@pytest.mark.parametrize("shift", range(4))
+def test_a_long_line_without_spaces_is_cut_between_characters_of_any_width(character, shift, tmp_path, monkeypatch):
+    monkeypatch.setattr("lm.data.lines._LONGEST", 64)
+    text = "a" * shift + character * 200
+    (tmp_path / "a.txt").write_text(text)
+    assert "".join(read_lines(tmp_path / "a.txt")) == text
+
+
 BAD = {
+    "long.txt": (b"\x80" * 200_000, ["not UTF-8", "0x80", "line 1, column 1", "iconv"]),
     "empty.txt": (b"", ["is empty"]),
     "binary.txt": (b"fine\n\x00\x01\n", ["binary", "line 2", "UTF-8 is needed"]),
     "latin.txt": ("fine\ngut für\n".encode("latin-1"), ["not UTF-8", "0xfc", "line 2, column 6", "iconv"]),

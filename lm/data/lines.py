@@ -59,7 +59,8 @@ def _pieces(file) -> Iterator[bytes]:
         chunk, rest = rest + chunk, b""
         if len(chunk) >= _LONGEST and not chunk.endswith(b"\n"):
             cuts = [match.start() for match in re.finditer(rb"(?<=\S) (?=\S)", chunk)]
-            cut = cuts[-1] if cuts else max(i for i in range(len(chunk) - 3, len(chunk)) if chunk[i] & 0xC0 != 0x80)
+            starts = [i for i in range(len(chunk) - 4, len(chunk)) if chunk[i] & 0xC0 != 0x80]  # a character has 4 bytes at most
+            cut = cuts[-1] if cuts else max(starts, default=len(chunk))
             chunk, rest = chunk[:cut], chunk[cut:]
         yield chunk
     if rest:
