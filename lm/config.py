@@ -369,19 +369,13 @@ def resolve(draft: Config) -> Config:
       UserError: the first wrong value, by name, with what would be right.
     """
     config = copy.deepcopy(draft)
-    sections = [getattr(config, field.name) for field in dataclasses.fields(config) if dataclasses.is_dataclass(field.type)]
-    for section in [config, *sections]:
-        for field in dataclasses.fields(section):
-            if field.metadata:
-                _check_value(section, field, config.model.architecture)
+    _check_values(config)
     _resolve_model(config.model)
     _resolve_dependent(config.data, _DATA_FIELDS)
     _resolve_dependent(config.optimizer, _OPTIMIZER_FIELDS)
     _resolve_data(config.data)
     _resolve_rest(config)
-    for section in [*sections, config]:
-        object.__setattr__(section, "_frozen", True)
-    return config
+    return _frozen(config)
 
 
 def replaced(config: Config, section: str, **values) -> Config:
@@ -389,6 +383,23 @@ def replaced(config: Config, section: str, **values) -> Config:
     changed = copy.deepcopy(config)
     vars(getattr(changed, section)).update(values)
     return changed
+
+
+def _sections(config):
+    return [config, *(value for value in vars(config).values() if isinstance(value, Section))]
+
+
+def _frozen(config):
+    for section in _sections(config):
+        object.__setattr__(section, "_frozen", True)
+    return config
+
+
+def _check_values(config):
+    for section in _sections(config):
+        for field in dataclasses.fields(section):
+            if field.metadata:
+                _check_value(section, field, config.model.architecture)
 
 
 def _check_value(section, field, architecture):
@@ -624,20 +635,14 @@ def load_resolved(values: dict) -> Config:
       UserError: a field that does not exist, or a value that it cannot have.
     """
     config = from_json(values)
-    sections = [*(v for v in vars(config).values() if isinstance(v, Section)), config]
-    for section in sections:
-        for field in dataclasses.fields(section):
-            if field.metadata:
-                _check_value(section, field, config.model.architecture)
-    for section in sections:
-        object.__setattr__(section, "_frozen", True)
-    return config
+    _check_values(config)
+    return _frozen(config)
 
 
 def given_fields(draft: Config) -> set[str]:
     """Names ("section.field") of the fields whose value differs from the default."""
     names = set()
-    for section in [draft, *(v for v in vars(draft).values() if isinstance(v, Section))]:
+    for section in _sections(draft):
         for field in dataclasses.fields(section):
             if field.metadata and vars(section)[field.name] != field.default:
                 names.add(_dotted(section, field.name))

@@ -50,11 +50,6 @@ def start(allocator: str = "tuned") -> None:
         keep_freed_memory()
 
 
-def num_devices_here() -> int:
-    """Devices that JAX sees."""
-    return len(jax.devices())
-
-
 class Placement:
     """Where state and rows live, and how a step is compiled for that.
 
@@ -136,9 +131,19 @@ class Placement:
         return jax.tree.map(lambda x: np.array(x).reshape(-1, *x.shape[2:]), host)
 
 
-def place(config: Config) -> Placement:
-    """The placement that `config.parallelism` names, over `config.num_devices` devices."""
-    return {"pmap": Placement}[config.parallelism](config.num_devices)
+def place(config: Config, or_fewer: bool = False) -> Placement:
+    """The placement that `config.parallelism` names, over `config.num_devices` devices.
+
+    Args:
+      or_fewer: take all devices there are where the config asks for more.
+
+    Raises:
+      UserError: fewer devices than the config asks for.
+    """
+    wanted = config.num_devices
+    if or_fewer and wanted is not None:
+        wanted = min(wanted, len(jax.devices()))
+    return {"pmap": Placement}[config.parallelism](wanted)
 
 
 def device_summary(placement: Placement) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lm.evaluation.perplexity import Layout, figures, token_losses
 from lm.evaluation.scorers import NgramScorer, Scorer, neural_scorer
 from lm.files import read_json, write_json
 from lm.models.ngram import Ngram
-from lm.parallel import Placement, num_devices_here
+from lm.parallel import Placement, place
 from lm.runs.open import Run
 
 _SPLIT_OF_TEXT = "text"
@@ -56,24 +56,24 @@ def evaluate_run(
     Raises:
       UserError: an unknown split, text that cannot be read, or a context that the model cannot take.
     """
-    name, layout = _name_and_layout(run, split, text, context, stride)
+    layout, ending = _layout(run, split, context, stride)
     if run.config.model.architecture == "transformer" and layout.context is None:
         run.model.initial_carry(1)  # raises its sentence before any text is read
     scorer, layout = _scorer(run, layout)
     wanted = _protocol(run, split if text is None else _SPLIT_OF_TEXT, layout, scorer)
     if text is None and data_path is None:  # then the run knows its text, which need not be there any more
         known = {"text_sha256": run.facts.get("splits", {}).get(split)}
-        path, earlier = _earlier(run, name, {**wanted, **known})
+        earlier = _earlier(run, split + ending, {**wanted, **known})
         if earlier:
             return earlier
     source = _source(run, split, text, data_path)
     found = corpus.tokenise(source, run.tokenizer, corpus.cache_dir(run.config.data))
-    if text is not None:
-        name = name.replace(_SPLIT_OF_TEXT, f"{_SPLIT_OF_TEXT}-{found.size.sha256[:8]}", 1)  # files of one name differ
+    name = (split if text is None else _name_of_text(text, found.size.sha256)) + ending
     wanted |= _text(found)
-    path, earlier = _earlier(run, name, wanted)
+    earlier = _earlier(run, name, wanted)
     if earlier:
         return earlier
+    path = run.folder.evaluation / f"{name}.json"
 
     started = time.perf_counter()
     nll_N = token_losses(scorer, found, layout, lambda scored: progress(scored, len(found.tokens)))
@@ -97,16 +97,22 @@ def evaluate_run(
 
 
 def _earlier(run, name, wanted):
-    """Where a figure is stored, and what is stored there for the same checkpoint, text and protocol, if anything."""
+    """What is stored under a name for the same checkpoint, text and protocol, if anything."""
     path = run.folder.evaluation / f"{name}.json"
     earlier = read_json(path, "") if path.exists() else {}
     same = all(earlier.get(field) == value for field, value in wanted.items() if field not in ("checkpoint", "text"))
     if same and earlier.get("checkpoint", {}).get("step") == run.step:
-        return path, {**earlier, "name": name, "stored": True}
-    return path, None
+        return {**earlier, "name": name, "stored": True}
+    return None
 
 
-def _name_and_layout(run, split, text, context, stride):
+def _name_of_text(text, sha256):
+    """Of a file that is no split; the hash tells files of one name apart."""
+    return f"{_SPLIT_OF_TEXT}-{sha256[:8]}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', pathlib.Path(text).name)}"
+
+
+def _layout(run, split, context, stride):
+    """How to score, and what the name of a figure ends in: nothing, if it is the one that the run's config asks for."""
     if split not in sources.SPLITS:
         raise UserError(f"--split={split} is not a split; there are {', '.join(sources.SPLITS)}")
     settings = run.config.evaluation
@@ -118,12 +124,10 @@ def _name_and_layout(run, split, text, context, stride):
         stride = max(1, context // 4) if stride is None else stride
         if not 1 <= stride <= context:
             raise UserError(f"--stride={stride} must be at least 1 and at most --context={context}, or tokens would be left out")
-    name = split if text is None else f"text-{re.sub(r'[^A-Za-z0-9_.-]+', '-', pathlib.Path(text).name)}"
-    if run.which != "best":
-        name += f".step-{run.step}"
+    ending = "" if run.which == "best" else f".step-{run.step}"
     if context is None or (context, stride) == (settings.context, settings.stride):
-        return name, Layout(settings.context, settings.stride, settings.rows if settings.context else 1)
-    return f"{name}.context-{context}-stride-{stride}", Layout(context, stride, settings.rows)
+        return Layout(settings.context, settings.stride, settings.rows if settings.context else 1), ending
+    return Layout(context, stride, settings.rows), f"{ending}.context-{context}-stride-{stride}"
 
 
 def _source(run, split, text, data_path) -> sources.Split:
@@ -183,7 +187,7 @@ def floor(source: sources.Split, nll_sum: float, num_tokens: int, fresh: bool) -
             f"text gets more than {_LUCK:.1f} nats below that but once in a million, so the text has leaked into the model or "
             "the code does not score what it says; this figure is not kept"
         )
-    rate = source.floor.entropy_rate
+    rate = source.floor.entropy_rate()
     return {
         "loss": floor_sum / num_tokens,
         "excess": (nll_sum - floor_sum) / num_tokens,
@@ -196,8 +200,7 @@ def _scorer(run, layout) -> tuple[Scorer, Layout]:
     if isinstance(run.model, Ngram):
         return NgramScorer(run.model, run.model.prepare(run.params)), layout
     # a run of more devices than there are here is scored on those there are: the figure does not depend on them
-    wanted = run.config.num_devices
-    placement = Placement(wanted and min(wanted, num_devices_here())) if layout.context else Placement(1)
+    placement = place(run.config, or_fewer=True) if layout.context else Placement(1)
     params = placement.put_state(run.params)
     return neural_scorer(run.model, placement)(params), dataclasses.replace(layout, row_multiple=placement.num_devices)
 
