@@ -1,4 +1,9 @@
-"""LSTM on equal terms with the others of this folder."""
+"""LSTM on equal terms with the others of this folder.
+
+make compare
+
+Perplexity valid 19.56, test 24.47 after 1 min 40 s, two CPU cores (2026-11-24, Intel Xeon, Python 3.11, JAX 0.10.2, seed 0).
+"""
 
 from configs._common import finish
 from configs.compare._equal_terms import equal_terms

@@ -1,4 +1,9 @@
-"""RNN on equal terms with the others of this folder."""
+"""RNN on equal terms with the others of this folder.
+
+make compare
+
+Perplexity valid 25.73, test 31.27 after 1 min 23 s, two CPU cores (2026-11-24, Intel Xeon, Python 3.11, JAX 0.10.2, seed 0).
+"""
 
 from configs._common import finish
 from configs.compare._equal_terms import equal_terms

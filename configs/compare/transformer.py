@@ -1,4 +1,9 @@
-"""Transformer decoder on equal terms with the others of this folder; windows that start empty instead of a carried state."""
+"""Transformer decoder on equal terms with the others of this folder; windows that start empty instead of a carried state.
+
+make compare
+
+Perplexity valid 18.13, test 22.19 after 2 min 31 s, two CPU cores (2026-11-24, Intel Xeon, Python 3.11, JAX 0.10.2, seed 0).
+"""
 
 from configs._common import finish
 from configs.compare._equal_terms import TOKENS_PER_STEP, equal_terms

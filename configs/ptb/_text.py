@@ -1,4 +1,4 @@
-"""What the experiments on the Penn Treebank share: its words, and a step as Zaremba et al. count it."""
+"""What the experiments on the Penn Treebank share: its words, and how many steps an epoch has."""
 
 from lm.config import Config
 

@@ -1,6 +1,8 @@
 """An LSTM as big as that of PyTorch's word_language_model with its defaults (4.65 million parameters), in eight epochs.
 
 python -m launch.train --config=configs/ptb/lstm.py --config.data.path=/path/to/ptb --workdir=runs/ptb_lstm
+
+Not yet run to its end.
 """
 
 from configs._common import finish
