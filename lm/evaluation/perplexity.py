@@ -67,7 +67,7 @@ def _batches(corpus, layout) -> Iterator[tuple[Batch, np.ndarray]]:
     rows_B = np.arange(layout.filled_rows)
     if layout.context is None:
         length = math.ceil(total / layout.rows)
-        starts_B = np.where(rows_B < layout.rows, rows_B * length, total)
+        starts_B = rows_B * length  # those of the empty rows lie beyond the end
         ends_B = np.minimum(starts_B + length, total)
         for offset in range(0, length, len(steps)):
             yield _batch(corpus, starts_B + offset, ends_B, starts_B + offset, steps, reset=offset == 0)
