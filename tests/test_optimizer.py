@@ -38,7 +38,7 @@ def run(optimizer, params, gradients):
     """Parameters after an update with each of the gradients."""
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     for gradient in gradients:
-        updates, state = update(gradient, state, params)
+        updates, state = update(gradient, state, params, gradient_norm=optax.tree.norm(gradient))
         params = optax.apply_updates(params, updates)
     return params
 

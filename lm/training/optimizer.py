@@ -15,7 +15,7 @@ from lm.models.build import parameter_role
 Schedule = Callable[[jax.Array | int], jax.Array | float]
 
 
-def build(config: Config, steps_per_epoch: int | Fraction) -> tuple[optax.GradientTransformation, Schedule]:
+def build(config: Config, steps_per_epoch: int | Fraction) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
     """Clipping -> update rule -> decay of the matrices -> learning rate.
 
     Decay is decoupled from the gradient (Loshchilov & Hutter 2019, arXiv:1711.05101) for every rule: a matrix with zero
@@ -26,7 +26,8 @@ def build(config: Config, steps_per_epoch: int | Fraction) -> tuple[optax.Gradie
       steps_per_epoch: for schedules that count epochs.
 
     Returns:
-      The transformation, and the schedule (step -> learning rate, before the plateau's factor).
+      The transformation, whose update takes `gradient_norm` too, and the schedule (step -> learning rate, before the
+      plateau's factor).
     """
     optimizer = config.optimizer
     schedule = learning_rate(config, steps_per_epoch)
@@ -43,8 +44,19 @@ def build(config: Config, steps_per_epoch: int | Fraction) -> tuple[optax.Gradie
 
 def _clip(optimizer):
     if optimizer.clip_norm is not None:
-        return optax.clip_by_global_norm(optimizer.clip_norm)
+        return _clip_by_norm(optimizer.clip_norm)
     return optax.clip(optimizer.clip_value) if optimizer.clip_value is not None else optax.identity()
+
+
+def _clip_by_norm(limit):
+    """Clipping by the global norm (Pascanu et al. 2013, arXiv:1211.5063), which is given to it and not computed again."""
+
+    def update(updates, state, params=None, *, gradient_norm, **others):
+        del params, others
+        scale = jnp.minimum(1.0, limit / gradient_norm)
+        return jax.tree.map(lambda u: u * scale, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def is_clipped(optimizer, gradients, global_norm) -> jax.Array:

@@ -60,7 +60,7 @@ def train_step(
     batch,
     *,
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     settings: OptimizerConfig,
     total: Callable,
     seed: int,
@@ -101,10 +101,11 @@ def train_step(
 
     gradients, sums = total((gradients, sums))
     weight = jnp.maximum(sums["weight"], 1e-9)  # a batch of padding alone has no gradient, and must not divide by zero
+    # The norm is taken before the division and handed on: so the divided gradients are read once, and never written.
+    gradient_norm = optax.global_norm(gradients) / weight
     gradients = jax.tree.map(lambda g: g / weight, gradients)
-    gradient_norm = optax.global_norm(gradients)
 
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, gradient_norm=gradient_norm)
     updates = jax.tree.map(lambda u: u * state.controls["learning_rate_scale"], updates)
     update_norm = optax.global_norm(updates)
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
