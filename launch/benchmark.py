@@ -1,9 +1,14 @@
-"""Measures training: python -m launch.benchmark --config=configs/compare/lstm.py --against=torch
+"""Measures speed: python -m launch.benchmark --config=configs/compare/lstm.py --mode=train --against=torch
 
-Runs the real training step on the real batches, and nothing is kept. Tells the time to the first step, tokens per second
-over some rounds, peak memory, and what share of a big matmul's speed on this machine the model's arithmetic comes to. With
---against=torch the same model trains in PyTorch, from the same parameters on the same batches, in turns with ours.
+Runs the real work on the real batches, and nothing is kept. --mode=train takes training steps, --mode=evaluate scores the
+same batches, --mode=generate samples texts. Tells the time to the first step, with nothing compiled yet and in a second
+start; tokens per second over some rounds; what share of it was waiting for data; peak memory; and what share of a big
+matmul's speed on this machine the model's arithmetic comes to. With --against=torch the same model runs in PyTorch, from
+the same parameters on the same batches, in a process of its own and in turns with ours: as its users start it and, on a
+CPU, once more with our allocator settings.
 """
+
+import pathlib
 
 from absl import flags
 
@@ -14,74 +19,102 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string(
     "config", None, "a config file, such as configs/compare/lstm.py; `:runlocal=1` behind it makes a trial of seconds"
 )
-flags.DEFINE_enum("against", None, ["torch"], "also train the same model in this library, in turns (extra: peers)")
-flags.DEFINE_integer("steps", None, "training steps of a round; by default as many as fill two seconds", lower_bound=1)
+flags.DEFINE_enum("mode", "train", ["train", "evaluate", "generate"], "what is measured")
+flags.DEFINE_enum("against", None, ["torch"], "also run the same in this library, in turns (extra: peers)")
+flags.DEFINE_integer("steps", None, "units of a round: steps, batches or texts; by default what fills two seconds", lower_bound=1)
 flags.DEFINE_integer("rounds", 5, "rounds to measure", lower_bound=1)
+flags.DEFINE_integer("num_samples", 1, "with --mode=generate: texts side by side", lower_bound=1)
+flags.DEFINE_integer("num_tokens", 256, "with --mode=generate: tokens of a text", lower_bound=2)
 flags.DEFINE_enum(
     "allocator", "tuned", ["tuned", "system"], "on a CPU: glibc told to keep freed memory, as in launch.train, or left as it is"
 )
+flags.DEFINE_bool("compile_peer", True, "let the peer try torch.compile too, and keep what is faster")
+flags.DEFINE_string("profile", None, "also write a trace of three units to this folder, for TensorBoard or ui.perfetto.dev")
 
 
 def main(overrides):
     if not FLAGS.config:
         raise UserError(f"--config is missing: give one of {', '.join(command.known_configs())}, or a file of your own")
     draft = command.load_config(FLAGS.config, overrides)
-    from lm import parallel
-    from lm.training.benchmark import benchmark
+    from lm.benchmark.benchmark import benchmark
+    from lm.benchmark.workloads import Generation
 
-    parallel.start(FLAGS.allocator)
     with command.ProgressBar(FLAGS.rounds, " rounds") as bar:
-        result = benchmark(draft, FLAGS.against, FLAGS.steps, FLAGS.rounds, on_round=lambda: bar.update(1))
-    result = {"config": FLAGS.config, "allocator": FLAGS.allocator, **result}
+        result = benchmark(
+            draft,
+            FLAGS.mode,
+            FLAGS.against,
+            FLAGS.steps,
+            FLAGS.rounds,
+            Generation(FLAGS.num_samples, FLAGS.num_tokens),
+            FLAGS.allocator,
+            FLAGS.compile_peer,
+            pathlib.Path(FLAGS.profile) if FLAGS.profile else None,
+            on_round=lambda: bar.update(1),
+        )
+    result = {"config": FLAGS.config, **result}
     print("\n".join(report(result)))
     return result
 
 
+_UNITS = {"train": ("training", "steps", "step"), "evaluate": ("evaluation", "batches", "batch")}
+_UNITS["generate"] = ("generation", "texts", "text")
+
+
 def report(result):
     """The lines that a person reads."""
-    speed, memory, matmul, where = (result[name] for name in ("tokens_per_second", "memory", "matmul", "environment"))
-    peer = result["against"]
-    rounds = f"{result['rounds']} rounds of {result['steps']} steps"
-    yield (
-        f"{result['model']}, {result['num_params']:,} parameters, vocabulary of {result['vocab_size']:,}; "
-        f"steps of {result['batch_size']} × {result['seq_len']} tokens of {result['text']}"
-    )
+    speed, matmul, where = (result[name] for name in ("tokens_per_second", "matmul", "environment"))
+    what, units, unit = _UNITS[result["mode"]]
+    shape = f"{units} of {result['batch_size']} × {result['seq_len']} tokens of {result['text']}"
+    if result["mode"] == "generate":
+        shape = "{num_samples} × {num_tokens} tokens at a time".format(**result["generation"])
+    yield f"{result['model']}, {result['num_params']:,} parameters, vocabulary of {result['vocab_size']:,}; {shape}"
     devices = f"{where['num_devices']} × {where['device']}"
+    first, again = result["first_step_seconds"], result["warm_first_step_seconds"]
+    rounds = f"{result['rounds']} rounds of {result['steps']} {units}"
     rows = [
         ("machine", f"{where['hardware']}; jax {where['jax']} on {devices}; {result['allocator']} allocator"),
-        ("first step", f"{result['first_step_seconds']:.2f} s, compilation included"),
-        ("training", f"{_rate(speed)}, median of {rounds}; {result['step_seconds'] * 1000:,.1f} ms a step"),
+        (f"first {unit}", f"{first:.2f} s with its compilation, {again:.2f} s in a second start"),
+        (what, f"{_rate(speed)}, median of {rounds}; {result['step_seconds'] * 1000:,.1f} ms a {unit}"),
     ]
-    if peer:
-        rows += [
-            (
-                f"{peer['name']} {peer['torch']}",
-                f"{_rate(peer['tokens_per_second'])}, {peer['num_threads']} threads; first losses equal: "
-                f"{result['first_loss']:.5f} and {peer['first_loss']:.5f}",
-            ),
-            (
-                "ratio",
-                f"{peer['ratio']['median']:.2f} times {peer['name']}, median of {result['rounds']} pairs of rounds "
-                f"({peer['ratio']['min']:.2f} to {peer['ratio']['max']:.2f})",
-            ),
-        ]
-    device = "" if memory["device_peak_bytes"] is None else f", device {_mebibytes(memory['device_peak_bytes'])}"
-    before = _mebibytes(memory["host_peak_bytes_before_first_step"])
-    rows += [
-        ("peak memory", f"host {_mebibytes(memory['host_peak_bytes'])} ({before} before the first step){device}"),
+    if result["mode"] != "generate":
+        rows.append(("waiting", f"{result['waiting_share']['median']:.1%} of the time, for data"))
+    rows.append(("peak memory", _memory(result["memory"])))
+    rows.append(
         (
             "arithmetic",
             f"{_scaled(result['flops_per_token'])}FLOP a token, {_scaled(result['flops_per_second'])}FLOP/s: "
             f"{result['share_of_matmul_peak']:.1%} of the {_scaled(matmul['flops_per_second'])}FLOP/s of a "
             f"{matmul['size']} × {matmul['size']} {matmul['dtype']} matmul here",
-        ),
-    ]
+        )
+    )
+    for allocator, peer in (result["against"] or {"allocators": {}})["allocators"].items():
+        rows += [
+            (
+                f"torch {peer['torch']}",
+                f"{_rate(peer['tokens_per_second'])}; {'torch.compile' if peer['compiled'] else 'eager'}, {peer['num_threads']} "
+                f"threads, {allocator} allocator; first losses {result['first_loss']:.5f} and {peer['first_loss']:.5f}",
+            ),
+            ("  its memory", _memory(peer["memory"])),
+            (
+                "  ratio",
+                f"{peer['ratio']['median']:.2f} times torch, median of {result['rounds']} pairs of rounds: "
+                + ", ".join(f"{ratio:.2f}" for ratio in peer["ratio"]["rounds"]),
+            ),
+        ]
     load = result["load_average"][0]
     if load > 0.5:
-        suffers = f"; {peer['name']}, whose threads wait for each other, suffers most" if peer else ""
+        suffers = "; torch, whose threads wait for each other, suffers most" if result["against"] else ""
         rows.append(("take care", f"the machine was busy before this began (load {load:.1f}): figures are noisy{suffers}"))
     width = max(len(name) for name, _ in rows)
     yield from (f"  {name:<{width}}  {text}" for name, text in rows)
+
+
+def _memory(memory):
+    device = "" if memory.get("device_peak_bytes") is None else f"; device {_mebibytes(memory['device_peak_bytes'])}"
+    return (
+        f"host {_mebibytes(memory['host_peak_bytes'])}, {_mebibytes(memory['host_peak_bytes_before'])} before the model{device}"
+    )
 
 
 def _rate(speed):

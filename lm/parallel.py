@@ -1,6 +1,7 @@
 """Placement: one device or pmap over several. The only place that knows device axes; outside it arrays are global."""
 
 import ctypes
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -32,8 +33,12 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_threshold, 1 << 30)) and bool(mallopt(trim_threshold, largest))
 
 
-def start(allocator: str = "tuned") -> None:
+def start(allocator: str = "tuned", compile_cache: pathlib.Path | None = None) -> None:
     """Starts JAX's backend; on a CPU with allocator "tuned", glibc's thresholds are set first.
+
+    Args:
+      allocator: "tuned" or "system".
+      compile_cache: folder in which everything that is compiled is kept for the next start; None: nothing is.
 
     Raises:
       UserError: the platform asked for by JAX_PLATFORMS is not there.
@@ -48,6 +53,9 @@ def start(allocator: str = "tuned") -> None:
         ) from None
     if platform == "cpu" and allocator == "tuned":
         keep_freed_memory()
+    if compile_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(compile_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 class Placement:

@@ -12,12 +12,17 @@ import numpy as np
 import pytest
 from helpers import ROOT, corpus_of, draft, refused, write_corpus
 
+from lm.benchmark import benchmark as benchmarks, torch_peer
+from lm.benchmark.benchmark import benchmark
+from lm.benchmark.flops import TRAINING, forward_flops_per_token
+from lm.benchmark.workers import Worker
+from lm.benchmark.workloads import Generation, workload
 from lm.config import resolve
 from lm.data.batches import batches
-from lm.models.build import build
+from lm.errors import UserError
+from lm.models.build import build, initialise
 from lm.parallel import Placement
-from lm.training import benchmark as benchmarks, torch_peer
-from lm.training.benchmark import Trainer, benchmark, flops_per_token
+from lm.training import optimizer as optimizers
 from lm.training.train import Experiment
 
 V = 11
@@ -56,7 +61,13 @@ ATTENTION, FEED_FORWARD = 4 * 8 * 8, 2 * 8 * 32  # entries of a block's matrices
 )
 def test_operations_of_a_token_are_those_counted_by_hand(architecture, fields, entries, visible_keys):
     expected = 6 * entries + 12 * 2 * 8 * visible_keys
-    assert flops_per_token(resolve(draft_of(architecture, **fields)), V) == pytest.approx(expected)
+    assert TRAINING * forward_flops_per_token(resolve(draft_of(architecture, **fields)), V) == pytest.approx(expected)
+
+
+def test_operations_of_a_generated_token_see_the_text_grow():
+    config = resolve(draft_of("transformer", model__attention_window=3))
+    expected = 2 * (2 * (ATTENTION + FEED_FORWARD) + 8 * V) + 4 * 2 * 8 * (1 + 2 + 3 + 3) / 4
+    assert forward_flops_per_token(config, V, carried_length=4) == pytest.approx(expected)
 
 
 # One simple initialiser for all, larger than usual: quick to compile, and every parameter moves.
@@ -64,6 +75,16 @@ UNIFORM = dict(model__kernel_init="uniform", model__embedding_init="uniform", mo
 SGD = UNIFORM | dict(optimizer__name="sgd", optimizer__learning_rate=0.5, optimizer__clip_norm=0.1)
 RECURRENT = SGD | dict(model__recurrent_init="uniform")
 ADAMW = dict(optimizer__name="adamw", optimizer__learning_rate=0.01, optimizer__weight_decay=0.1)
+
+
+class Eos:
+    """As much of a tokenizer as generation needs."""
+
+    eos = 0
+
+
+def experiment_of(config, corpus):
+    return Experiment(config, Eos(), corpus, corpus, build(config, V), {})
 
 
 # AdamW on an RNN: a Transformer's key biases have no gradient but rounding, which Adam would blow up to a full step.
@@ -81,13 +102,14 @@ def test_first_loss_and_two_updates_are_those_of_the_peer(architecture, fields):
     pytest.importorskip("torch")
     config, placement = resolve(draft_of(architecture, **fields)), Placement(1)
     corpus = corpus_of(np.random.default_rng(0).integers(0, V, 400), V)
-    trainer = Trainer(Experiment(config, None, corpus, corpus, build(config, V), {}), placement)
-    params = placement.get_state(trainer.state.params)
-    peer = torch_peer.TorchPeer(config, V, params, batches(config, corpus), trainer.learning_rates(2))
+    experiment = experiment_of(config, corpus)
+    source, params = batches(config, corpus), initialise(experiment.model, config.seed)
+    rates = np.asarray(optimizers.build(config, source.steps_per_epoch)[1](np.arange(2)))
+    trainer = workload("train", experiment, placement, Generation())
+    peer = torch_peer.peer("train", config, V, params, source, rates, Generation())
     try:
-        trainer.run(1)
-        assert peer.first_loss() == pytest.approx(trainer.mean_loss(), abs=1e-6)
-        trainer.run(1)
+        trainer.run(2)
+        assert peer.first_loss() == pytest.approx(trainer.first_loss(), abs=1e-6)
         peer.run(2)
     finally:
         trainer.close()
@@ -103,6 +125,86 @@ def test_first_loss_and_two_updates_are_those_of_the_peer(architecture, fields):
     assert len(moved) >= 0.7 * len(ours), f"only {moved} moved"
 
 
+@pytest.mark.parametrize(
+    "architecture, fields",
+    [
+        ("gru", RECURRENT),
+        ("lstm", RECURRENT | UNEQUAL),
+        ("transformer", UNIFORM | dict(model__positions="rotary")),
+        ("transformer", UNIFORM | dict(model__positions="sinusoidal", model__attention_window=3)),
+    ],
+)
+def test_the_peer_that_generates_carries_what_we_see_at_once(architecture, fields, rng):
+    """Token by token through its state, or its keys and values, come the logits that we have for the whole text."""
+    torch = pytest.importorskip("torch")
+    config, generation = resolve(draft_of(architecture, **fields)), Generation(num_samples=2, num_tokens=9)
+    corpus, model = corpus_of(rng.integers(0, V, 400), V), build(config, V)
+    params, text_BT = initialise(model, 3), rng.integers(0, V, (2, 9)).astype(np.int32)
+    peer = torch_peer.peer("generate", config, V, params, batches(config, corpus), np.ones(1), generation)
+    assert peer.sample().shape == (2, 9)
+    hidden_BTD = model.apply({"params": params}, text_BT).hidden_BTD
+    ours_BTV = model.apply({"params": params}, hidden_BTD, method="logits")
+    state = peer.model.empty_state(2)
+    for t in range(9):
+        logits_BTV, state = peer.model(torch.from_numpy(text_BT[:, t : t + 1]).long(), state)
+        np.testing.assert_allclose(logits_BTV[:, 0].detach(), ours_BTV[:, t], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "generate"])
+def test_first_losses_of_other_modes_are_the_first_training_loss(mode):
+    """One model from one seed, whatever is measured of it; units are counted in tokens."""
+    config, placement = resolve(draft_of("lstm", **RECURRENT)), Placement(1)
+    corpus = corpus_of(np.random.default_rng(0).integers(0, V, 400), V)
+    experiment, generation = experiment_of(config, corpus), Generation(num_samples=3, num_tokens=5)
+    training, other = (workload(name, experiment, placement, generation) for name in ("train", mode))
+    try:
+        training.run(1)
+        seconds, waited = other.run(2)
+        assert 0 <= waited < seconds
+        assert other.first_loss() == pytest.approx(training.first_loss(), abs=1e-6)
+        assert other.tokens_per_unit == (15 if mode == "generate" else training.tokens_per_unit)
+    finally:
+        training.close()
+        other.close()
+
+
+class Adder:
+    """What a worker holds in the tests below."""
+
+    def __init__(self, start):
+        if start < 0:
+            raise UserError("start is below 0")
+        self.total = start
+
+    def add(self, value):
+        if value < 0:
+            raise UserError("value is below 0")
+        self.total += value
+        return self.total
+
+    def variable(self, name):
+        return os.environ.get(name)
+
+    def die(self):
+        os._exit(9)
+
+    def close(self):
+        pass
+
+
+def test_a_worker_keeps_its_object_and_hands_errors_on():
+    with Worker(Adder, 1, environment={"LM_TEST_WORKER": "there"}) as worker:
+        assert [worker.call("add", 2), worker.call("add", 3)] == [3, 6]
+        with refused("value is below 0"):
+            worker.call("add", -1)
+        assert worker.call("add", 1) == 7
+        assert worker.call("variable", "LM_TEST_WORKER") == "there" and "LM_TEST_WORKER" not in os.environ
+        with refused("ended with exit code 9"):
+            worker.call("die")
+    with refused("start is below 0"):
+        Worker(Adder, -1)
+
+
 def test_a_peer_with_another_first_loss_is_refused():
     benchmarks._check_same(2.30001, 2.30009, "torch")
     for theirs in (2.3002, float("nan")):
@@ -113,7 +215,7 @@ def test_a_peer_with_another_first_loss_is_refused():
 @pytest.mark.parametrize(
     "architecture, fields, parts",
     [
-        ("ngram", {}, ["no training step to measure"]),
+        ("ngram", {}, ["nothing to measure"]),
         ("lstm", {"data__batch_size": 0}, ["config.data.batch_size is 0"]),
         ("lstm", {"num_devices": 999}, ["config.num_devices is 999"]),
         (
@@ -124,7 +226,6 @@ def test_a_peer_with_another_first_loss_is_refused():
         ("lstm", {"optimizer__name": "lion"}, ["config.optimizer.name is 'lion'", "use one of sgd, momentum, adam, adamw"]),
         ("lstm", {"optimizer__name": "momentum", "optimizer__weight_decay": 0.1}, ["set it to 0 or use adamw"]),
         ("transformer", {"data__order": "stream", "model__attention_window": 4}, ["set --config.data.order=windows"]),
-        ("lstm", {"compute_dtype": "bfloat16"}, ["set --config.compute_dtype=float32"]),
         ("lstm", {"training__num_micro_batches": 2}, ["set --config.training.num_micro_batches=1"]),
     ],
 )
@@ -150,28 +251,33 @@ def get_config():
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # of torch, whose threads wait for each other where tests share the cores
 
 
-def test_the_verb_prints_a_few_lines_and_writes_what_it_measured(tmp_path):
+@pytest.mark.parametrize("mode", ["train", "evaluate", "generate"])
+def test_the_verb_prints_a_few_lines_and_writes_what_it_measured(mode, tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     (tmp_path / "tiny.py").write_text(CONFIG.format(tests=str(ROOT / "tests"), corpus=str(corpus)))
-    peer = ["--against=torch"] if importlib.util.find_spec("torch") else []
+    peer = ["--against=torch", "--nocompile_peer"] if importlib.util.find_spec("torch") else []
     command = [sys.executable, "-m", "launch.benchmark", f"--config={tmp_path / 'tiny.py'}", "--steps=3", "--rounds=2", *peer]
-    command += ["--allocator=system", "--config.model.hidden_dim=6", f"--json={tmp_path / 'result.json'}"]
+    command += ["--allocator=system", "--config.model.hidden_dim=6", f"--json={tmp_path / 'result.json'}", f"--mode={mode}"]
+    command += ["--num_tokens=5", f"--profile={tmp_path / 'trace'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ONE_THREAD, check=False)
     assert done.returncode == 0, done.stderr
-    for word in ("rnn", "system allocator", "first step", "tokens/s", "peak memory", "arithmetic", *(["ratio"] if peer else [])):
+    for word in ("rnn", "system allocator", "first ", "tokens/s", "peak memory", "arithmetic", *(["ratio"] if peer else [])):
         assert word in done.stdout
-    assert len(done.stdout.splitlines()) < 12
+    assert len(done.stdout.splitlines()) < 14
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["allocator"] == "system" and result["steps"] == 3 and len(result["load_average"]) == 3
+    assert result["mode"] == mode and result["tokens_per_step"] == (5 if mode == "generate" else 4 * 8)
     assert result["environment"]["jax"] == jax.__version__ and "launch.benchmark" in result["environment"]["command"]
     assert result["resolved"]["model"]["hidden_dim"] == 6
-    assert 0 < result["memory"]["host_peak_bytes_before_first_step"] <= result["memory"]["host_peak_bytes"]
+    assert result["warm_first_step_seconds"] > 0 and 0 <= result["waiting_share"]["median"] < 1
+    assert 0 < result["memory"]["host_peak_bytes_before"] <= result["memory"]["host_peak_bytes"]
     speed, matmul = result["tokens_per_second"], result["matmul"]["flops_per_second"]
     assert len(speed["rounds"]) == 2 and speed["min"] <= speed["median"] <= speed["max"]
     assert result["share_of_matmul_peak"] == pytest.approx(result["flops_per_token"] * speed["median"] / matmul)
     if peer:
-        other = result["against"]
+        (other,) = result["against"]["allocators"].values()
         assert result["first_loss"] == pytest.approx(other["first_loss"], abs=1e-4)
         pairs = zip(speed["rounds"], other["tokens_per_second"]["rounds"], strict=True)
         assert other["ratio"]["rounds"] == pytest.approx([a / b for a, b in pairs], rel=1e-2)

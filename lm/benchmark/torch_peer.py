@@ -1,17 +1,18 @@
-"""The same model, optimiser and batches in PyTorch, as its users write them: what launch.benchmark measures training against.
+"""The same model, optimiser and batches in PyTorch, as its users write them: what launch.benchmark measures ours against.
 
 torch is an extra, imported inside functions only. Mathematics and starting point are ours to the last bias, so that first
 losses and updates can be held against each other; everything else (layouts, kernels, threads) is left to torch.
 """
 
+import contextlib
 import importlib.util
-import itertools
 import sys
 import time
 from typing import Any
 
 import numpy as np
 
+from lm.benchmark.workloads import Generation
 from lm.config import RECURRENT, Config, ModelConfig
 from lm.data.batches import Batch, BatchSource, prefetch
 from lm.errors import UserError
@@ -20,27 +21,27 @@ _OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")  # whose updates in torch are
 _NORM_EPSILON = 1e-6
 
 
-def check(draft: Config, config: Config, platform: str, num_devices: int) -> None:
+def check(draft: Config, config: Config, mode: str) -> None:
     """Raises a UserError, with what to set, where the peer cannot do what the config asks for.
 
     Args:
       draft: as given; only what was set there is named.
       config: the draft, resolved.
-      platform, num_devices: what JAX runs on.
+      mode: what is measured, "train", "evaluate" or "generate".
     """
     rates = [name for name, value in vars(draft.model).items() if name.endswith("_rate") and value]
-    if rates:
+    if rates and mode == "train":
         raise UserError(
             "--against=torch compares the first losses of both, for which dropout must be off; set "
             + ", ".join(f"--config.model.{name}=0" for name in rates)
         )
     settings = config.optimizer
-    if settings.name not in _OPTIMIZERS:
+    if settings.name not in _OPTIMIZERS and mode == "train":
         raise UserError(
             f"config.optimizer.name is {settings.name!r}, but --against=torch knows no update in torch that is the same; "
             f"use one of {', '.join(_OPTIMIZERS)}"
         )
-    if settings.name == "momentum" and settings.weight_decay:
+    if settings.name == "momentum" and settings.weight_decay and mode == "train":
         raise UserError(
             f"config.optimizer.weight_decay is {settings.weight_decay}, but torch's momentum would gather the decay in its "
             "velocity; for --against=torch set it to 0 or use adamw"
@@ -51,73 +52,136 @@ def check(draft: Config, config: Config, platform: str, num_devices: int) -> Non
         )
     if config.model.architecture == "transformer" and config.data.order == "stream":
         raise UserError("--against=torch has no key/value cache for a Transformer's stream; set --config.data.order=windows")
-    if platform != "cpu" or num_devices > 1:
+    if config.training.num_micro_batches != 1:
         raise UserError(
-            f"--against=torch compares on one CPU device, but JAX uses {num_devices} of {platform}; set JAX_PLATFORMS=cpu and "
-            "--config.num_devices=1"
+            f"config.training.num_micro_batches is {config.training.num_micro_batches}, which --against=torch does not do; set "
+            "--config.training.num_micro_batches=1"
         )
-    for name, value, wanted in (
-        ("compute_dtype", config.compute_dtype, "float32"),
-        ("training.num_micro_batches", config.training.num_micro_batches, 1),
-    ):
-        if value != wanted:
-            raise UserError(f"config.{name} is {value}, which --against=torch does not do; set --config.{name}={wanted}")
     if importlib.util.find_spec("torch") is None:
         raise UserError("--against=torch needs PyTorch, which is not installed; install the extra: pip install -e '.[peers]'")
 
 
-class TorchPeer:
-    """Trains in PyTorch from given parameters, on the batches that `lm` trains on.
+class Peer:
+    """A model in PyTorch that starts from given parameters.
 
     Attributes:
       model: a torch.nn.Module: inputs_BT, state -> logits_BTV, state.
       versions: of torch, and the number of its threads.
     """
 
-    def __init__(self, config: Config, vocab_size: int, params: Any, source: BatchSource, learning_rates: np.ndarray):
+    def __init__(self, config: Config, vocab_size: int, params: Any, source: BatchSource, device: str = "cpu", length: int = 0):
         """Builds the model with a copy of the parameters.
 
         Args:
           config: as `check` passes it, its widths solved.
           params: ours, NumPy or JAX.
-          learning_rates: of each step that will be run.
+          source: of the batches that ours reads.
+          device: of torch, "cpu" or "cuda"; bfloat16 is by autocast, as `config.compute_dtype` says.
+          length: of the longest text, if longer than `config.data.seq_len`.
         """
         import torch
 
-        self._config, self._source = config, source
-        self._learning_rates = iter(learning_rates.tolist())
-        self.model = (_recurrent if config.model.architecture in RECURRENT else _transformer)(config, vocab_size)
+        self._config, self._source, self._device = config, source, torch.device(device)
+        if config.model.architecture in RECURRENT:
+            self.model = _recurrent(config, vocab_size)
+        else:
+            self.model = _transformer(config, vocab_size, max(config.data.seq_len, length))
         copied = {name: torch.from_numpy(np.array(value)) for name, value in state_dict(params, config.model).items()}
         self.model.load_state_dict(copied)
-        self._optimizer = _optimizer(config, self.model)
-        self._state = None
-        self._batches = prefetch(lambda step: _batch(source.batch(step, slice(None))), 0, sys.maxsize, config.data.prefetch)
+        self.model.to(self._device)
+        self.call = self.model  # or what torch.compile makes of it
         self.versions = {"torch": torch.__version__, "num_threads": torch.get_num_threads()}
+
+    def compile_if_faster(self) -> bool:
+        """Tries what torch.compile makes of the model and keeps the faster; whether that is it."""
+        import torch
+
+        eager = min(self.run(2)[0] for _ in range(2))
+        self.call = torch.compile(self.model)
+        try:
+            self.run(2)
+            if min(self.run(2)[0] for _ in range(2)) < eager:
+                return True
+        except Exception as error:  # of many kinds, where there is no compiler for it
+            print(f"torch.compile fails here ({type(error).__name__}); torch runs eagerly", file=sys.stderr)
+        self.call = self.model
+        return False
+
+    def run(self, num_units: int) -> tuple[float, float]:
+        """As `Workload.run`."""
+        raise NotImplementedError
 
     def first_loss(self) -> float:
         """Nats per token of the first batch, without a step."""
         import torch
 
-        inputs_BT, targets_BT, _ = _batch(self._source.batch(0, slice(None)))
+        inputs_BT, targets_BT, _ = self._on_device(self._source.batch(0, slice(None)))
         with torch.no_grad():
-            logits_BTV, _ = self.model(inputs_BT, None)
-            return float(torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten()))
+            return float(self._nll(*self._forward(inputs_BT, None), targets_BT)[0])
 
-    def run(self, num_steps: int) -> float:
-        """Trains for some steps; returns their seconds."""
-        started = time.perf_counter()
-        for batch, learning_rate in zip(itertools.islice(self._batches, num_steps), self._learning_rates, strict=False):
-            self._step(*batch, learning_rate)
-        return time.perf_counter() - started
+    def _forward(self, inputs_BT, state):
+        import torch
 
-    def _step(self, inputs_BT, targets_BT, starts, learning_rate):
+        half = self._config.compute_dtype == "bfloat16"
+        with torch.autocast(self._device.type, torch.bfloat16) if half else contextlib.nullcontext():
+            return self.call(inputs_BT, state)
+
+    def _nll(self, logits_BTV, state, targets_BT, **options):
+        from torch import nn
+
+        return nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), **options), state
+
+    def _on_device(self, batch: Batch):
+        """Inputs, targets, and whether all rows start empty (a stream's rows begin an epoch together)."""
+        import torch
+
+        tensors = (torch.from_numpy(x).long().to(self._device) for x in (batch.inputs_BT, batch.targets_BT))
+        return *tensors, bool(batch.reset_B.all())
+
+    def _ahead(self):
+        """The source's batches, made in a thread."""
+        make = lambda step: self._on_device(self._source.batch(step, slice(None)))  # noqa: E731
+        return prefetch(make, 0, sys.maxsize, self._config.data.prefetch)
+
+    def _wait(self):
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+
+class TrainingPeer(Peer):
+    """Trains on the batches that ours trains on."""
+
+    def __init__(self, *args, learning_rates: np.ndarray, **options):
+        """Like Peer.
+
+        Args:
+          learning_rates: of the steps, from the first; after the last it begins anew.
+        """
+        super().__init__(*args, **options)
+        self._learning_rates, self._num_steps = learning_rates, 0
+        self._optimizer = _optimizer(self._config, self.model)
+        self._state = None
+        self._batches = self._ahead()
+
+    def run(self, num_units: int) -> tuple[float, float]:
+        """As `Workload.run`."""
+        started, waited = time.perf_counter(), 0.0
+        for _ in range(num_units):
+            asked = time.perf_counter()
+            batch = next(self._batches)
+            waited += time.perf_counter() - asked
+            self._step(*batch)
+        self._wait()
+        return time.perf_counter() - started, waited
+
+    def _step(self, inputs_BT, targets_BT, starts):
         from torch import nn
 
         settings, training = self._config.optimizer, self._config.training
-        logits_BTV, state = self.model(inputs_BT, None if starts else self._state)
-        loss = nn.functional.cross_entropy(
-            logits_BTV.flatten(0, 1), targets_BT.flatten(), label_smoothing=training.label_smoothing
-        )
+        forward = self._forward(inputs_BT, None if starts else self._state)
+        loss, state = self._nll(*forward, targets_BT, label_smoothing=training.label_smoothing)
         self._optimizer.zero_grad()
         loss.backward()
         if settings.clip_norm is not None:
@@ -125,8 +189,9 @@ class TorchPeer:
         elif settings.clip_value is not None:
             nn.utils.clip_grad_value_(self.model.parameters(), settings.clip_value)
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = float(self._learning_rates[self._num_steps % len(self._learning_rates)])
         self._optimizer.step()
+        self._num_steps += 1
         self._state = _detached(state)
 
     def close(self) -> None:
@@ -134,11 +199,85 @@ class TorchPeer:
         self._batches.close()
 
 
-def _batch(batch: Batch):
-    """Inputs, targets, and whether all rows start empty (a stream's rows begin an epoch together)."""
-    import torch
+class EvaluationPeer(Peer):
+    """Scores every token of the batches, its state carried from one to the next."""
 
-    return *(torch.from_numpy(x).long() for x in (batch.inputs_BT, batch.targets_BT)), bool(batch.reset_B.all())
+    def __init__(self, *args, **options):
+        """Like Peer."""
+        super().__init__(*args, **options)
+        self._state = None
+        self._batches = self._ahead()
+
+    def run(self, num_units: int) -> tuple[float, float]:
+        """As `Workload.run`."""
+        import torch
+
+        started, waited = time.perf_counter(), 0.0
+        with torch.inference_mode():
+            for _ in range(num_units):
+                asked = time.perf_counter()
+                inputs_BT, targets_BT, starts = next(self._batches)
+                waited += time.perf_counter() - asked
+                forward = self._forward(inputs_BT, None if starts else self._state)
+                nll_N, self._state = self._nll(*forward, targets_BT, reduction="none")
+                nll_N.cpu().numpy()
+        return time.perf_counter() - started, waited
+
+    def close(self) -> None:
+        """Stops the thread that makes batches."""
+        self._batches.close()
+
+
+class GeneratingPeer(Peer):
+    """Samples a token a step, with the state or the keys and values of what stands before."""
+
+    def __init__(self, *args, generation: Generation, **options):
+        """Like Peer."""
+        super().__init__(*args, length=generation.num_tokens, **options)
+        self._generation, self._eos = generation, self._source.eos
+
+    def run(self, num_units: int) -> tuple[float, float]:
+        """As `Workload.run`."""
+        started = time.perf_counter()
+        for _ in range(num_units):
+            self.sample()
+        return time.perf_counter() - started, 0.0
+
+    def sample(self) -> np.ndarray:
+        """Token ids [num_samples, num_tokens], drawn from the model."""
+        import torch
+
+        samples, num_tokens = self._generation.num_samples, self._generation.num_tokens
+        token_B1 = torch.full((samples, 1), self._eos, dtype=torch.long, device=self._device)
+        drawn, state = [], self.model.empty_state(samples)
+        with torch.inference_mode():
+            for _ in range(num_tokens):
+                logits_B1V, state = self._forward(token_B1, state)
+                token_B1 = torch.multinomial(logits_B1V[:, -1].float().softmax(-1), 1)
+                drawn.append(token_B1)
+            return torch.cat(drawn, dim=1).cpu().numpy()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def peer(
+    mode: str,
+    config: Config,
+    vocab_size: int,
+    params: Any,
+    source: BatchSource,
+    learning_rates: np.ndarray,
+    generation: Generation,
+    device: str = "cpu",
+) -> TrainingPeer | EvaluationPeer | GeneratingPeer:
+    """The peer by the name of what is measured."""
+    common = (config, vocab_size, params, source)
+    if mode == "train":
+        return TrainingPeer(*common, learning_rates=learning_rates, device=device)
+    if mode == "generate":
+        return GeneratingPeer(*common, generation=generation, device=device)
+    return EvaluationPeer(*common, device=device)
 
 
 def _detached(state):
@@ -192,6 +331,9 @@ def _recurrent(config, vocab_size):
             if model.tie_embeddings:
                 self.output.weight = self.embedding.weight
 
+        def empty_state(self, num_samples):
+            return None
+
         def forward(self, inputs_BT, state):
             hidden_BTD, after = self.embedding(inputs_BT), []
             for layers, before in zip(self.stack, state or [None] * len(self.stack), strict=True):
@@ -221,12 +363,12 @@ def _train_one_bias(layers, architecture):
             bias.requires_grad_(False)
 
 
-def _transformer(config, vocab_size):
+def _transformer(config, vocab_size, length):
     import torch
     from torch import nn
     from torch.nn import functional as F
 
-    model, length = config.model, config.data.seq_len
+    model = config.model
     width, num_heads = model.hidden_dim, model.num_heads
     norm = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}[model.norm]
 
@@ -264,17 +406,26 @@ def _transformer(config, vocab_size):
                 mask = (distance >= 0) & (distance < model.attention_window)
             self.register_buffer("mask", mask, persistent=False)
 
-        def rotate(self, x_BHTK):
+        def rotate(self, x_BHTK, places):
             first, second = x_BHTK.chunk(2, dim=-1)
-            return torch.cat([first * self.cosine - second * self.sine, second * self.cosine + first * self.sine], dim=-1)
+            sine, cosine = self.sine[places], self.cosine[places]
+            return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
-        def forward(self, x_BTD):
+        def forward(self, x_BTD, places, cache):
             projected = self.query_key_value(x_BTD).unflatten(-1, (3, num_heads, width // num_heads))
             q_BHTK, k_BHTK, v_BHTK = projected.permute(2, 0, 3, 1, 4)
             if model.positions == "rotary":
-                q_BHTK, k_BHTK = self.rotate(q_BHTK), self.rotate(k_BHTK)
-            mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=self.mask, is_causal=self.mask is None)
-            return self.outward(mixed_BHTK.transpose(1, 2).flatten(2))
+                q_BHTK, k_BHTK = self.rotate(q_BHTK, places), self.rotate(k_BHTK, places)
+            if cache is None:
+                num_places = x_BTD.shape[1]
+                mask = None if self.mask is None else self.mask[:num_places, :num_places]
+                mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask, is_causal=mask is None)
+            else:  # one token a call, which sees all that was kept
+                k_BHTK, v_BHTK = (torch.cat([old, new], dim=2) for old, new in zip(cache, (k_BHTK, v_BHTK), strict=True))
+                if model.attention_window is not None:
+                    k_BHTK, v_BHTK = (x[:, :, -model.attention_window :] for x in (k_BHTK, v_BHTK))
+                mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK)
+            return self.outward(mixed_BHTK.transpose(1, 2).flatten(2)), (k_BHTK, v_BHTK)
 
     class Block(nn.Module):
         def __init__(self):
@@ -282,9 +433,10 @@ def _transformer(config, vocab_size):
             self.attention_norm, self.feed_forward_norm = norm(width, eps=_NORM_EPSILON), norm(width, eps=_NORM_EPSILON)
             self.attention, self.feed_forward = Attention(), FeedForward()
 
-        def forward(self, x_BTD):
-            x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
-            return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        def forward(self, x_BTD, places, cache):
+            mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), places, cache)
+            x_BTD = x_BTD + mixed_BTD
+            return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD)), cache
 
     class TransformerLanguageModel(nn.Module):
         def __init__(self):
@@ -296,19 +448,31 @@ def _transformer(config, vocab_size):
             elif model.positions == "sinusoidal":
                 turn = angles(width)
                 self.register_buffer("sinusoids", torch.cat([turn.sin(), turn.cos()], dim=-1).float(), persistent=False)
-            self.stack = nn.Sequential(*(Block() for _ in range(model.num_layers)))
+            self.stack = nn.ModuleList(Block() for _ in range(model.num_layers))
             self.last_norm = norm(width, eps=_NORM_EPSILON)
             self.output = nn.Linear(width, vocab_size)
             if model.tie_embeddings:
                 self.output.weight = self.embedding.weight
 
+        def empty_state(self, num_samples):
+            empty = self.embedding.weight.new_zeros((num_samples, num_heads, 0, width // num_heads))
+            return 0, [(empty, empty)] * model.num_layers
+
         def forward(self, inputs_BT, state):
+            """State None: texts that start here. Otherwise the number of tokens before, and their keys and values."""
             x_BTD = self.embedding(inputs_BT)
+            before, caches = (0, [None] * model.num_layers) if state is None else state
+            places = slice(before, before + inputs_BT.shape[1])
             if model.positions == "learned":
-                x_BTD = x_BTD + self.position_table(self.places)
+                x_BTD = x_BTD + self.position_table(self.places[places])
             elif model.positions == "sinusoidal":
-                x_BTD = x_BTD * width**0.5 + self.sinusoids
-            return self.output(self.last_norm(self.stack(x_BTD))), []
+                x_BTD = x_BTD * width**0.5 + self.sinusoids[places]
+            kept = []
+            for block, cache in zip(self.stack, caches, strict=True):
+                x_BTD, cache = block(x_BTD, places, cache)
+                kept.append(cache)
+            after = [] if state is None else (before + inputs_BT.shape[1], kept)
+            return self.output(self.last_norm(x_BTD)), after
 
     return TransformerLanguageModel()
 

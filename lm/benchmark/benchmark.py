@@ -1,0 +1,283 @@
+"""Measures a config: ours and, if asked, a peer, in processes of their own, in rounds that take turns."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from lm.benchmark import torch_peer
+from lm.benchmark.flops import TRAINING, forward_flops_per_token
+from lm.benchmark.machine import SquareMatmul, host_peak_bytes, spread
+from lm.benchmark.workers import Worker
+from lm.benchmark.workloads import Generation, workload
+from lm.config import Config, resolve, to_json
+from lm.data.batches import batches
+from lm.errors import UserError
+from lm.models.build import initialise
+from lm.parallel import device_summary, keep_freed_memory, peak_bytes, place, start
+from lm.runs.folder import environment
+from lm.training import optimizer as optimizers
+from lm.training.train import prepare
+
+MODES = ("train", "evaluate", "generate")
+PEERS = ("torch",)
+ALLOCATORS = ("tuned", "system")
+_WARM_UP = 5  # units after the first that are done before anything is measured
+_ROUND_SECONDS = 2.0
+_LOSS_TOLERANCE = 1e-4
+_LEARNING_RATES = 10_000  # of the first steps, for a peer; after them it begins anew
+
+
+def benchmark(
+    draft: Config,
+    mode: str = "train",
+    against: str | None = None,
+    steps: int | None = None,
+    rounds: int = 5,
+    generation: Generation | None = None,
+    allocator: str = "tuned",
+    compile_peer: bool = True,
+    profile: pathlib.Path | None = None,
+    on_round: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Measures for some rounds.
+
+    Args:
+      mode: one of MODES: training steps, scoring of the same batches, or sampling.
+      against: one of PEERS. Its rounds and ours take turns, and which goes first changes. On a CPU where our allocator is
+        tuned it runs twice: as its users start it, and with the same allocator.
+      steps: units of a round (training steps, scored batches, generated texts); None: as many of ours as fill two seconds.
+      generation: for mode "generate"; None: one row of 256 tokens.
+      allocator: one of ALLOCATORS; see `lm.parallel.start`.
+      compile_peer: let the peer try torch.compile, and keep what is faster.
+      profile: folder for a trace of a few units, which TensorBoard and Perfetto open.
+      on_round: called after each.
+
+    Returns:
+      All that was measured, in plain types.
+
+    Raises:
+      UserError: a bad config or text; an n-gram; a peer that is missing, that cannot do what the config asks for, or whose
+        first loss is another one; a loss that is not finite.
+    """
+    load_average = os.getloadavg()
+    config = resolve(draft)
+    if config.model.architecture == "ngram":
+        raise UserError("config.model.architecture is 'ngram', which is counted in one pass and has nothing to measure here")
+    if against == "torch":
+        torch_peer.check(draft, config, mode)
+    generation = generation or Generation()
+    with tempfile.TemporaryDirectory() as name:
+        scratch = pathlib.Path(name)
+        ours = functools.partial(Worker, OurSide, draft, mode, generation, allocator, scratch)
+        with contextlib.ExitStack() as stack:
+            measured = _measure(stack, ours, against, steps, rounds, compile_peer, profile, scratch, on_round)
+        with ours() as again:
+            measured["warm_first_step_seconds"] = again.call("first_unit")["seconds"]
+    generated = {"generation": dataclasses.asdict(generation)} if mode == "generate" else {}
+    measured["environment"] = {**environment(), **measured["environment"]}
+    return {"mode": mode, **generated, **measured, "load_average": load_average}  # the load before we began
+
+
+def _measure(stack, start_ours, against, steps, rounds, compile_peer, profile, scratch, on_round):
+    ours = stack.enter_context(start_ours(environment={"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if against else {}))
+    first = ours.call("first_unit")
+    ours.call("run", _WARM_UP)
+    steps = steps or max(1, round(_ROUND_SECONDS * 3 / ours.call("run", 3)[0]))
+    memory, facts = ours.call("memory"), ours.call("facts")
+    workers, peers = {}, {}
+    if against:
+        workers, peers = _start_peers(stack, ours, facts, first["first_loss"], against, compile_peer, scratch)
+
+    def between():
+        on_round()
+        return ours.call("matmul_rate")
+
+    rates, waits, matmul_rates = _take_turns({"ours": ours, **workers}, steps, rounds, facts["tokens_per_step"], between)
+    ours.call("first_loss")  # raises where a loss on the way was not finite
+    if profile is not None:
+        ours.call("profile", profile)
+    speed = spread(rates["ours"], 1)
+    for name, peer in peers.items():
+        ratios = [mine / theirs for mine, theirs in zip(rates["ours"], rates[name], strict=True)]
+        peer |= {"tokens_per_second": spread(rates[name], 1), "ratio": spread(ratios, 4)}
+    flops_per_second = facts["flops_per_token"] * speed["median"]
+    return {
+        **facts,
+        "steps": steps,
+        "rounds": rounds,
+        "first_step_seconds": first["seconds"],
+        "first_loss": first["first_loss"],
+        "tokens_per_second": speed,
+        "step_seconds": facts["tokens_per_step"] / speed["median"],
+        "waiting_share": spread(waits["ours"], 4),
+        "memory": memory,
+        "flops_per_second": flops_per_second,
+        "matmul": {**facts["matmul"], "flops_per_second": max(matmul_rates)},
+        "share_of_matmul_peak": flops_per_second / max(matmul_rates),
+        "against": {"name": against, "allocators": peers} if against else None,
+    }
+
+
+def _start_peers(stack, ours, facts, first_loss, against, compile_peer, scratch):
+    """Workers and what is known of them by the name of their allocator."""
+    platform, workers, peers = facts["environment"]["platform"], {}, {}
+    if facts["environment"]["num_devices"] > 1:
+        raise UserError("--against=torch compares on one device, but JAX uses several; set --config.num_devices=1")
+    start = ours.call("export", scratch)
+    for allocator in ALLOCATORS[::-1] if platform == "cpu" and facts["allocator"] == "tuned" else ("system",):
+        arguments = (*start, allocator, compile_peer, platform)
+        worker = stack.enter_context(Worker(TorchSide, *arguments, environment={"JAX_PLATFORMS": "cpu"}))
+        found = worker.call("first_unit")
+        _check_same(first_loss, found["first_loss"], against)
+        worker.call("run", _WARM_UP)
+        workers[allocator], peers[allocator] = worker, {**found, "memory": worker.call("memory")}
+    return workers, peers
+
+
+def _take_turns(workers, steps, rounds, tokens_per_step, between):
+    """Tokens per second and share of waiting, of each worker in each round; and what `between` gave after each."""
+    rates, waits, others = {name: [] for name in workers}, {name: [] for name in workers}, []
+    names = list(workers)
+    for i in range(rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            seconds, waited = workers[name].call("run", steps)
+            rates[name].append(steps * tokens_per_step / seconds)
+            waits[name].append(waited / seconds)
+        others.append(between())  # each round, so that a moment of other work does not set it
+    return rates, waits, others
+
+
+def _check_same(ours: float, theirs: float, name: str) -> None:
+    if not abs(ours - theirs) <= _LOSS_TOLERANCE:
+        raise UserError(
+            f"the first loss is {ours:.6f} here and {theirs:.6f} in {name}, more than {_LOSS_TOLERANCE:g} apart: the two models "
+            "are not the same, so their speeds cannot be compared"
+        )
+
+
+class OurSide:
+    """Ours, in its process."""
+
+    def __init__(self, draft: Config, mode: str, generation: Generation, allocator: str, scratch: pathlib.Path):
+        """Prepares the experiment; nothing is compiled yet. What is compiled later is kept in `scratch` for a second start."""
+        start(allocator, compile_cache=scratch / "compiled")
+        self._draft, self._mode, self._generation, self._allocator = draft, mode, generation, allocator
+        config = resolve(draft)
+        self._placement = place(config)
+        self._placement.check_rows(config.data.batch_size, config.training.num_micro_batches)
+        self._experiment = prepare(draft)
+        self._before = host_peak_bytes()
+        self._workload = workload(mode, self._experiment, self._placement, generation)
+        self._matmul: SquareMatmul | None = None
+
+    def first_unit(self) -> dict[str, float]:
+        """Does it; its seconds, compilation included, and the loss of the first batch."""
+        return {"seconds": self._workload.run(1)[0], "first_loss": self._workload.first_loss()}
+
+    def run(self, num_units: int) -> tuple[float, float]:
+        """As `Workload.run`."""
+        return self._workload.run(num_units)
+
+    def first_loss(self) -> float:
+        """As `Workload.first_loss`."""
+        return self._workload.first_loss()
+
+    def memory(self) -> dict[str, int | None]:
+        """Peaks so far, in bytes: of the process, of it before the model was made, and of the device."""
+        return {
+            "host_peak_bytes": host_peak_bytes(),
+            "host_peak_bytes_before": self._before,
+            "device_peak_bytes": peak_bytes(self._placement),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What was measured on what."""
+        config, vocab_size = self._experiment.config, self._experiment.tokenizer.vocab_size
+        length = self._generation.num_tokens if self._mode == "generate" else None
+        forward = forward_flops_per_token(config, vocab_size, length)
+        return {
+            "model": config.model.architecture,
+            "num_params": self._experiment.facts["num_params"],
+            "vocab_size": vocab_size,
+            "text": self._experiment.train.name,
+            "batch_size": config.data.batch_size,
+            "seq_len": config.data.seq_len,
+            "tokens_per_step": self._workload.tokens_per_unit,
+            "flops_per_token": forward * TRAINING if self._mode == "train" else forward,
+            "matmul": {"size": self._square().size, "dtype": config.compute_dtype},
+            "allocator": self._allocator,
+            "resolved": to_json(config),
+            "environment": device_summary(self._placement),
+        }
+
+    def _square(self):
+        self._matmul = self._matmul or SquareMatmul(self._placement, self._experiment.config.compute_dtype)
+        return self._matmul
+
+    def matmul_rate(self) -> float:
+        """As `SquareMatmul.rate`."""
+        return self._square().rate()
+
+    def export(self, scratch: pathlib.Path) -> tuple[Any, ...]:
+        """Writes fresh parameters; returns what a peer needs to start from the same point."""
+        config = self._experiment.config
+        params = self._placement.get_state(initialise(self._experiment.model, config.seed))
+        np.savez(scratch / "params.npz", **traverse_util.flatten_dict(params, sep="/"))
+        steps_per_epoch = batches(config, self._experiment.train).steps_per_epoch
+        schedule = optimizers.build(config, steps_per_epoch)[1]
+        learning_rates = np.asarray(schedule(np.arange(_LEARNING_RATES)))
+        return self._draft, self._mode, self._generation, scratch / "params.npz", learning_rates
+
+    def profile(self, folder: pathlib.Path) -> None:
+        """Writes a trace of three units."""
+        with jax.profiler.trace(folder):
+            self._workload.run(3)
+
+    def close(self) -> None:
+        """Ends the workload's threads."""
+        self._workload.close()
+
+
+class TorchSide:
+    """PyTorch, in its process."""
+
+    def __init__(self, draft, mode, generation, params, learning_rates, allocator, compile_it, platform):
+        """Reads what ours exported and builds the model; see `OurSide.export` and `benchmark`."""
+        if allocator == "tuned":
+            keep_freed_memory()
+        experiment = prepare(draft)
+        self._before = host_peak_bytes()
+        config, vocab_size = experiment.config, experiment.tokenizer.vocab_size
+        with np.load(params) as arrays:
+            params = traverse_util.unflatten_dict(dict(arrays), sep="/")
+        source = batches(config, experiment.train)
+        device = {"cpu": "cpu", "gpu": "cuda"}[platform]
+        self._peer = torch_peer.peer(mode, config, vocab_size, params, source, learning_rates, generation, device)
+        self._compile_it = compile_it
+
+    def first_unit(self) -> dict[str, Any]:
+        """The loss of the first batch, the seconds of the first unit, and what runs from now on: torch.compile or not."""
+        found = {"first_loss": self._peer.first_loss(), "seconds": self._peer.run(1)[0], **self._peer.versions}
+        return found | {"compiled": self._compile_it and self._peer.compile_if_faster()}
+
+    def run(self, num_units: int) -> tuple[float, float]:
+        """As `Workload.run`."""
+        return self._peer.run(num_units)
+
+    def memory(self) -> dict[str, int]:
+        """As `OurSide.memory`."""
+        return {"host_peak_bytes": host_peak_bytes(), "host_peak_bytes_before": self._before}
+
+    def close(self) -> None:
+        """Ends the peer's threads."""
+        self._peer.close()

@@ -1,0 +1,45 @@
+"""Floating-point operations counted from a config: what the arithmetic of a model needs, however it is computed."""
+
+import functools
+import math
+
+import jax
+
+from lm.config import Config
+from lm.models.build import build, initialise, parameter_role
+
+TRAINING = 3  # times the operations of a forward pass: once forward, twice backward
+
+
+def forward_flops_per_token(config: Config, vocab_size: int, carried_length: int | None = None) -> float:
+    """Operations of a model's forward pass on one token: 2 N + 4 L D S. Training needs three times as many.
+
+    N counts the entries of all matrices that every token is multiplied with, the output's V × D among them whether tied or
+    free; the embedding's look-up, biases and norms are left out. Each entry costs a multiplication and an addition. The
+    second term is a Transformer's attention, where D numbers of every layer meet S visible keys, once for the scores and
+    once for the mixing; S is the mean over positions: of min(t, window) for t = 1 … length in windows, and the window where
+    a cache is carried through a stream.
+
+    Kaplan et al. 2020, arXiv:2001.08361, section 2.1 (2 N forward, 6 N in training, and the attention's share); Chowdhery et
+    al. 2022, arXiv:2204.02311, appendix B (6 N + 12 L H Q T, which counts all T keys where a causal mask shows half of them).
+
+    Args:
+      config: resolved, its widths solved.
+      vocab_size: V.
+      carried_length: of texts that start empty and grow token by token; None: the batches of `config.data`.
+    """
+    model, length = config.model, carried_length or config.data.seq_len
+    shapes = jax.eval_shape(functools.partial(initialise, build(config, vocab_size), 0))
+    entries = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        names = tuple(part.key for part in path)
+        multiplied = parameter_role(names) in ("matrix", "output")
+        if multiplied or (model.tie_embeddings and names == ("embedding", "table")):
+            entries += math.prod(leaf.shape)
+    attention = 0.0
+    if model.architecture == "transformer":
+        window = math.inf if model.attention_window is None else model.attention_window
+        streams = carried_length is None and config.data.order == "stream"
+        visible = window if streams else sum(min(t, window) for t in range(1, length + 1)) / length
+        attention = 4.0 * model.num_layers * model.hidden_dim * visible
+    return 2.0 * entries + attention

@@ -1,0 +1,52 @@
+"""The machine a measurement is held against: its matmul peak, its memory; and what several rounds say together."""
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.parallel import Placement
+
+
+class SquareMatmul:
+    """What this machine makes of a big square matmul, on all devices at once: the practical peak of its arithmetic.
+
+    Attributes:
+      size: rows and columns.
+    """
+
+    def __init__(self, placement: Placement, dtype: str, size: int | None = None):
+        """Compiles it and runs it once; `size` None is 2048 on a CPU and 8192 elsewhere."""
+        self.size = size or (2048 if placement.devices[0].platform == "cpu" else 8192)
+        self._num_devices = placement.num_devices
+        factor = np.random.default_rng(0).standard_normal((self.size, self.size), np.float32)
+        self._factor = placement.put_state(factor.astype(jnp.dtype(dtype)))
+        self._product = placement.compile(lambda x: x @ x)
+        jax.block_until_ready(self._product(self._factor))
+
+    def rate(self, repetitions: int = 3) -> float:
+        """Floating-point operations per second of the fastest of some repetitions."""
+        durations = []
+        for _ in range(repetitions):
+            started = time.perf_counter()
+            jax.block_until_ready(self._product(self._factor))
+            durations.append(time.perf_counter() - started)
+        return self._num_devices * 2 * self.size**3 / min(durations)
+
+
+def host_peak_bytes() -> int:
+    """The most memory that this process has held so far, its libraries and the preparation of the data included."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def spread(values: Sequence[float], digits: int) -> dict[str, Any]:
+    """Median, minimum, maximum, and the values one by one, rounded."""
+    values = [round(value, digits) for value in values]
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": values}

@@ -1,0 +1,179 @@
+"""What is measured of ours: training, evaluation and generation as the verbs do them, on the config's own batches."""
+
+import dataclasses
+import itertools
+import sys
+import time
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from lm.data.batches import batches, prefetch
+from lm.errors import UserError
+from lm.evaluation.generate import Sampling, sample_tokens
+from lm.evaluation.scorers import neural_scorer
+from lm.models.build import initialise
+from lm.parallel import Placement
+from lm.training import optimizer as optimizers
+from lm.training.step import initial_state
+from lm.training.train import Experiment, compile_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What is generated: rows side by side, and the tokens of each."""
+
+    num_samples: int = 1
+    num_tokens: int = 256
+
+
+class Workload(Protocol):
+    """Work in equal units, from fresh parameters.
+
+    Attributes:
+      tokens_per_unit: of one step, scored batch or generated text.
+    """
+
+    tokens_per_unit: float
+
+    def run(self, num_units: int) -> tuple[float, float]:
+        """Does some units; returns the seconds until the devices had done them, and those of waiting for data."""
+
+    def first_loss(self) -> float:
+        """Nats per token of the first batch, from the fresh parameters; asked for after the first unit.
+
+        Raises:
+          UserError: it is not finite.
+        """
+
+    def close(self) -> None:
+        """Stops the threads that make batches."""
+
+
+class Training:
+    """The training step as a run takes it: compiled, placed, on batches made ahead.
+
+    Attributes:
+      state: placed, after the steps so far.
+    """
+
+    def __init__(self, experiment: Experiment, placement: Placement):
+        config, model = experiment.config, experiment.model
+        source = batches(config, experiment.train)
+        self.tokens_per_unit = float(source.tokens_per_step)
+        optimizer, _ = optimizers.build(config, source.steps_per_epoch)
+        self._step = compile_step(config, model, optimizer, placement)
+        state = initial_state(initialise(model, config.seed), optimizer)
+        carry = model.initial_carry(config.data.batch_size) if source.carries else None
+        self.state, self._carry = placement.put_state(state), placement.put_rows(carry)
+        self._placement = placement
+        self._first_loss: float | None = None
+
+        def batch(step):
+            return placement.put_rows(source.batch(step, slice(None)))
+
+        self._batches = prefetch(batch, 0, sys.maxsize, config.data.prefetch)
+
+    def run(self, num_units: int) -> tuple[float, float]:
+        started, waited = time.perf_counter(), 0.0
+        for _ in range(num_units):
+            asked = time.perf_counter()
+            rows = next(self._batches)
+            waited += time.perf_counter() - asked
+            self.state, self._carry = self._step(self.state, self._carry, rows)
+            if self._first_loss is None:
+                self._first_loss = self._mean_loss()
+        jax.block_until_ready((self.state, self._carry))
+        return time.perf_counter() - started, waited
+
+    def first_loss(self) -> float:
+        self._mean_loss()  # of all steps so far
+        assert self._first_loss is not None
+        return self._first_loss
+
+    def _mean_loss(self):
+        sums = self._placement.get_state(self.state.log_sums)
+        if sums["non_finite_step"]:
+            raise UserError(
+                f"the loss or gradient of step {int(sums['non_finite_step'])} is not finite, so nothing measured here would "
+                "count; try a smaller config.optimizer.learning_rate"
+            )
+        return float(sums["loss"]) / float(sums["weight"])
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+class Evaluation:
+    """Scoring, as launch.evaluate does it, of the batches that training would read, carried where those are."""
+
+    def __init__(self, experiment: Experiment, placement: Placement):
+        config, model = experiment.config, experiment.model
+        source = batches(config, experiment.train)
+        self.tokens_per_unit = float(source.tokens_per_step)
+        self._scorer = neural_scorer(model, placement)(placement.put_state(initialise(model, config.seed)))
+        self._memory = self._scorer.start(config.data.batch_size) if source.carries else None
+        self._first = source.batch(0, slice(None))
+        self._batches = prefetch(lambda step: source.batch(step, slice(None)), 0, sys.maxsize, config.data.prefetch)
+
+    def run(self, num_units: int) -> tuple[float, float]:
+        started, waited = time.perf_counter(), 0.0
+        for _ in range(num_units):
+            asked = time.perf_counter()
+            rows = next(self._batches)
+            waited += time.perf_counter() - asked
+            _, self._memory = self._scorer.score(self._memory, rows)
+        jax.block_until_ready(self._memory)
+        return time.perf_counter() - started, waited
+
+    def first_loss(self) -> float:
+        return first_loss(self._scorer, self._first)
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+class Generating:
+    """Sampling, as launch.generate does it, after a prompt of nothing but the beginning."""
+
+    tokens_per_unit: float
+
+    def __init__(self, experiment: Experiment, placement: Placement, generation: Generation):
+        config, model = experiment.config, experiment.model
+        self.tokens_per_unit = float(generation.num_samples * generation.num_tokens)
+        self._model, self._generation = model, generation
+        self._params = placement.put_state(initialise(model, config.seed))
+        self._prompt_BT = np.full((generation.num_samples, 1), experiment.tokenizer.eos, np.int32)
+        self._keys = (jax.random.key(seed) for seed in itertools.count())
+        self._scorer = neural_scorer(model, placement)(self._params)
+        self._first = batches(config, experiment.train).batch(0, slice(None))
+
+    def run(self, num_units: int) -> tuple[float, float]:
+        started = time.perf_counter()
+        for key in itertools.islice(self._keys, num_units):
+            np.asarray(sample_tokens(self._model, self._params, self._prompt_BT, self._generation.num_tokens, Sampling(), key))
+        return time.perf_counter() - started, 0.0
+
+    def first_loss(self) -> float:
+        return first_loss(self._scorer, self._first)
+
+    def close(self) -> None:
+        pass
+
+
+def first_loss(scorer, batch) -> float:
+    """Nats per token of a batch whose rows start empty."""
+    weights_BT = np.asarray(batch.loss_weights_BT)
+    nll_BT, _ = scorer.score(None, batch)
+    loss = float((nll_BT * weights_BT).sum() / weights_BT.sum())
+    if not np.isfinite(loss):
+        raise UserError("the loss of the first batch is not finite; try a smaller config.model.init_scale")
+    return loss
+
+
+def workload(mode: str, experiment: Experiment, placement: Placement, generation: Generation) -> Workload:
+    """The workload by the name of its mode."""
+    if mode == "generate":
+        return Generating(experiment, placement, generation)
+    return {"train": Training, "evaluate": Evaluation}[mode](experiment, placement)
