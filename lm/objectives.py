@@ -22,25 +22,20 @@ def causal_language_model(model: LanguageModel, label_smoothing: float = 0.0) ->
     """
 
     def objective(params, carry, batch: Batch, key, train):
-        rngs = {"dropout": key} if train else None
-        hidden_BTD, carry = model.apply(
+        sums, carry = model.apply(
             {"params": params},
             batch.inputs_BT,
+            batch.targets_BT,
+            batch.loss_weights_BT,
             carry,
+            label_smoothing=label_smoothing,
             segments_BT=batch.segments_BT,
             rows_B=batch.rows_B,
             train=train,
-            rngs=rngs,
+            rngs={"dropout": key} if train else None,
+            method="loss_sums",
         )
-        scores = model.apply({"params": params}, hidden_BTD, batch.targets_BT, method="score")
-        loss = -jnp.sum(scores.log_prob_BT * batch.loss_weights_BT)
-        smooth = -jnp.sum(scores.mean_log_prob_BT * batch.loss_weights_BT)
-        sums = {
-            "objective": (1 - label_smoothing) * loss + label_smoothing * smooth if label_smoothing else loss,
-            "loss": loss,
-            "weight": jnp.sum(batch.loss_weights_BT),
-        }
-        return sums, carry
+        return {**sums._asdict(), "weight": jnp.sum(batch.loss_weights_BT)}, carry
 
     return objective
 

@@ -1,4 +1,4 @@
-"""The output layer: scores against log_softmax in NumPy, tied and free."""
+"""The output layer: scores, losses and their gradients against log_softmax in NumPy, tied and free, whole and in parts."""
 
 import jax
 import numpy as np
@@ -6,46 +6,41 @@ import pytest
 from flax import linen as nn
 from scipy.special import log_softmax
 
-from lm.models.output import OutputLayer
+from lm.models import output as outputs
+from lm.models.output import OutputLayer, loss_sums, score_tokens
 
 B, T, D, V = 2, 3, 5, 7
 
 
-@pytest.mark.parametrize("smoothing", [False, True])
 @pytest.mark.parametrize("tied", [True, False])
-def test_scores_and_their_gradient_equal_numpy(rng, tied, smoothing):
-    """Of the targets alone, and together with the mean over the vocabulary."""
+def test_scores_and_their_gradient_equal_numpy(rng, tied):
     hidden, table = rng.normal(size=(B, T, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32)
     targets, cotangent = rng.integers(0, V, (B, T)), rng.normal(size=(B, T)).astype(np.float32)
-    mean_cotangent = rng.normal(size=(B, T)).astype(np.float32) * smoothing
     params = {"bias": rng.normal(size=V).astype(np.float32)}
     if not tied:
         params["kernel"] = rng.normal(size=(D, V)).astype(np.float32)
     output = OutputLayer(V, tied, nn.initializers.zeros)
 
-    cotangents = (cotangent, mean_cotangent if smoothing else None)
-
     @jax.jit
     def run(params, hidden, table):
         def log_prob(params, hidden, table):
             scores = output.apply({"params": params}, hidden, targets, table, method="score")
-            return (scores.log_prob_BT, scores.mean_log_prob_BT if smoothing else None), scores
+            return scores.log_prob_BT, scores
 
-        _, backward, scores = jax.vjp(log_prob, params, hidden, table, has_aux=True)
-        return output.apply({"params": params}, hidden, table, method="logits"), scores, backward(cotangents)
+        value, backward, scores = jax.vjp(log_prob, params, hidden, table, has_aux=True)
+        return output.apply({"params": params}, hidden, table, method="logits"), value, scores, backward(cotangent)
 
-    logits, scores, (d_params, d_hidden, d_table) = run(params, hidden, table)
+    logits, log_prob, scores, (d_params, d_hidden, d_table) = run(params, hidden, table)
     kernel = table.T if tied else params["kernel"]
     want_logits = hidden.astype(np.float64) @ kernel + params["bias"]
     want = log_softmax(want_logits, axis=-1)
     close = dict(rtol=1e-5, atol=3e-6)  # float32 at values of about ten
     np.testing.assert_allclose(logits, want_logits, **close)
-    np.testing.assert_allclose(scores.log_prob_BT, np.take_along_axis(want, targets[..., None], axis=-1)[..., 0], **close)
+    np.testing.assert_allclose(log_prob, np.take_along_axis(want, targets[..., None], axis=-1)[..., 0], **close)
     np.testing.assert_allclose(scores.mean_log_prob_BT, want.mean(axis=-1), **close)
     np.testing.assert_array_equal(scores.correct_BT, want.argmax(axis=-1) == targets)
 
     d_logits = (np.eye(V)[targets] - np.exp(want)) * cotangent[..., None]
-    d_logits += (1 / V - np.exp(want)) * mean_cotangent[..., None]
     d_kernel = np.einsum("btd,btv->dv", hidden, d_logits)
     np.testing.assert_allclose(d_hidden, d_logits @ kernel.T, **close)
     np.testing.assert_allclose(d_params["bias"], d_logits.sum(axis=(0, 1)), **close)
@@ -61,3 +56,45 @@ def test_scores_survive_huge_logits():
     for target, expected in ((0, 0.0), (1, -1e4)):
         scores = output.apply({"params": {"bias": np.zeros(2, np.float32)}}, hidden, np.array([[target]]), table, method="score")
         np.testing.assert_allclose(scores.log_prob_BT, [[expected]])
+
+
+WHOLE, PARTS = 1 << 25, 4 * V  # logits at once; the second makes of seven tokens two parts, one of them filled up
+
+
+@pytest.mark.parametrize("at_once", [WHOLE, PARTS])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_losses_and_their_gradient_equal_numpy(rng, monkeypatch, at_once, label_smoothing):
+    """Uneven weights, one of them 0; two tokens whose logits tie; the gradient scaled as a loss behind it would."""
+    monkeypatch.setattr(outputs, "LOGITS_AT_ONCE", at_once)
+    num_tokens = 7
+    hidden, kernel = rng.normal(size=(num_tokens, D)).astype(np.float32), rng.normal(size=(D, V)).astype(np.float32)
+    bias, weights = rng.normal(size=V).astype(np.float32), rng.uniform(0.2, 2, num_tokens).astype(np.float32)
+    targets = rng.integers(0, V, num_tokens)
+    weights[2], hidden[3:5], bias[:3] = 0, 0, 1.5
+
+    def objective(hidden, kernel, bias):
+        sums = loss_sums(hidden, kernel, bias, targets, weights, label_smoothing)
+        return 2.5 * sums.objective, sums
+
+    gradient, sums = jax.jit(jax.grad(objective, argnums=(0, 1, 2), has_aux=True))(hidden, kernel, bias)
+    log_prob = log_softmax(hidden.astype(np.float64) @ kernel + bias, axis=-1)
+    target_NV = (1 - label_smoothing) * np.eye(V)[targets] + label_smoothing / V
+    np.testing.assert_allclose(sums.loss, -np.sum(weights * log_prob[np.arange(num_tokens), targets]), rtol=2e-6)
+    np.testing.assert_allclose(sums.objective, -np.sum(weights[:, None] * target_NV * log_prob), rtol=2e-6)
+    d_logits = 2.5 * weights[:, None] * (np.exp(log_prob) - target_NV)
+    for found, want in zip(gradient, (d_logits @ kernel.T, hidden.T @ d_logits, d_logits.sum(axis=0)), strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=3e-6)
+    undifferentiated = loss_sums(hidden, kernel, bias, targets, weights, label_smoothing)
+    np.testing.assert_allclose(undifferentiated, sums, rtol=1e-6)
+
+
+def test_scores_in_parts_are_those_of_the_whole(rng, monkeypatch):
+    """Ties among them: the likeliest token is the first of those that are."""
+    hidden, kernel = np.zeros((7, D), np.float32), rng.normal(size=(D, V)).astype(np.float32)
+    hidden[:4] = rng.normal(size=(4, D))
+    targets = np.array([1, 5, 2, 0, 0, 1, 6])
+    whole = score_tokens(hidden, kernel, np.zeros(V, np.float32), targets)
+    monkeypatch.setattr(outputs, "LOGITS_AT_ONCE", PARTS)
+    parts = score_tokens(hidden, kernel, np.zeros(V, np.float32), targets)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole, parts)
+    np.testing.assert_array_equal(parts.correct_BT[4:], [True, False, False])

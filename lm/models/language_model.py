@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen as nn
 
-from lm.models.output import TokenScores
+from lm.models.output import LossSums, TokenScores
 
 Array = jax.Array
 
@@ -46,8 +46,34 @@ class LanguageModel(nn.Module):
           rows_B: int32 global row numbers, which key dropout.
           train: whether dropout is on; needs the `dropout` random stream.
         """
-        x_BTD = self.embedding(inputs_BT, train)
+        x_BTD, _ = self.embedding(inputs_BT, train)
         return Output(*self.stack(x_BTD, carry, segments_BT=segments_BT, rows_B=rows_B, train=train))
+
+    def loss_sums(
+        self,
+        inputs_BT,
+        targets_BT,
+        weights_BT,
+        carry=None,
+        *,
+        label_smoothing: float = 0.0,
+        segments_BT=None,
+        rows_B=None,
+        train=False,
+    ) -> tuple[LossSums, Any]:
+        """Runs the model over a segment and sums the losses of its targets, [B, T] like the inputs.
+
+        Args:
+          weights_BT: float32, what each token counts.
+          label_smoothing: see lm.models.output.
+          carry, segments_BT, rows_B, train: as in a call.
+
+        Returns:
+          The sums, and the carry afterwards.
+        """
+        x_BTD, table_VD = self.embedding(inputs_BT, train)
+        hidden_BTD, carry = self.stack(x_BTD, carry, segments_BT=segments_BT, rows_B=rows_B, train=train)
+        return self.output.loss_sums(hidden_BTD, targets_BT, weights_BT, table_VD, label_smoothing), carry
 
     def logits(self, hidden_BTD: Array) -> Array:
         """float32 [B, T, V]."""

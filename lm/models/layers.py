@@ -116,20 +116,43 @@ class Embedding(nn.Module):
     def setup(self):
         self.table = self.param("table", self.table_init, (self.vocab_size, self.embed_dim), jnp.float32)
 
-    def _dropped(self, train):
-        if not train or not self.word_dropout_rate:
-            return self.table
-        keep_V1 = keep_mask(self.make_rng("dropout"), (self.vocab_size, 1), self.word_dropout_rate)
-        return jnp.where(keep_V1, self.table / (1 - self.word_dropout_rate), 0)
+    def __call__(self, tokens_BT: Array, train: bool = False) -> tuple[Array, Array]:
+        """Embeddings [B, T, D] by look-up, and the table, from which a tied output reads on.
 
-    def __call__(self, tokens_BT: Array, train: bool = False) -> Array:
-        """Embeddings [B, T, D] by look-up."""
-        return self._dropped(train)[tokens_BT].astype(self.dtype) * self.multiplier
+        The gradient that such an output has for the table passes through here, where the looked-up rows are added to it: so
+        only one array of the table's size is made.
+        """
+        rows_BTD, table_VD = look_up(self.table, tokens_BT)
+        return self._finished(rows_BTD, tokens_BT, train), table_VD
 
     def by_one_hot(self, tokens_BT: Array, train: bool = False) -> Array:
         """The same as a product of one-hot rows with the table: what a look-up means, at V times the work."""
         one_hot_BTV = jax.nn.one_hot(tokens_BT, self.vocab_size)
-        return jnp.matmul(one_hot_BTV, self._dropped(train), precision="highest").astype(self.dtype) * self.multiplier
+        return self._finished(jnp.matmul(one_hot_BTV, self.table, precision="highest"), tokens_BT, train)
+
+    def _finished(self, rows_BTD, tokens_BT, train):
+        if train and self.word_dropout_rate:
+            keep_V1 = keep_mask(self.make_rng("dropout"), (self.vocab_size, 1), self.word_dropout_rate)
+            rows_BTD = jnp.where(keep_V1[tokens_BT], rows_BTD / (1 - self.word_dropout_rate), 0)
+        return rows_BTD.astype(self.dtype) * self.multiplier
+
+
+@jax.custom_vjp
+def look_up(table_VD: Array, tokens_BT: Array) -> tuple[Array, Array]:
+    """Rows of a table [B, T, D], and the table itself, whose cotangent takes up that of the rows."""
+    return table_VD[tokens_BT], table_VD
+
+
+def _look_up_forward(table_VD, tokens_BT):
+    return look_up(table_VD, tokens_BT), tokens_BT
+
+
+def _look_up_backward(tokens_BT, cotangents):
+    d_rows_BTD, d_table_VD = cotangents
+    return d_table_VD.at[tokens_BT].add(d_rows_BTD), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def norm(name: str, dtype: Any) -> nn.Module:
