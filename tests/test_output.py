@@ -62,8 +62,9 @@ WHOLE, PARTS = 1 << 25, 4 * V  # logits at once; the second makes of seven token
 
 
 @pytest.mark.parametrize("at_once", [WHOLE, PARTS])
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
-def test_losses_and_their_gradient_equal_numpy(rng, monkeypatch, at_once, label_smoothing):
+def test_losses_and_their_gradient_equal_numpy(rng, monkeypatch, at_once, label_smoothing, tied):
     """Uneven weights, one of them 0; two tokens whose logits tie; the gradient scaled as a loss behind it would."""
     monkeypatch.setattr(outputs, "LOGITS_AT_ONCE", at_once)
     num_tokens = 7
@@ -73,7 +74,7 @@ def test_losses_and_their_gradient_equal_numpy(rng, monkeypatch, at_once, label_
     weights[2], hidden[3:5], bias[:3] = 0, 0, 1.5
 
     def objective(hidden, kernel, bias):
-        sums = loss_sums(hidden, kernel, bias, targets, weights, label_smoothing)
+        sums = loss_sums(hidden, kernel.T if tied else kernel, bias, targets, weights, tied, label_smoothing)
         return 2.5 * sums.objective, sums
 
     gradient, sums = jax.jit(jax.grad(objective, argnums=(0, 1, 2), has_aux=True))(hidden, kernel, bias)
@@ -84,7 +85,7 @@ def test_losses_and_their_gradient_equal_numpy(rng, monkeypatch, at_once, label_
     d_logits = 2.5 * weights[:, None] * (np.exp(log_prob) - target_NV)
     for found, want in zip(gradient, (d_logits @ kernel.T, hidden.T @ d_logits, d_logits.sum(axis=0)), strict=True):
         np.testing.assert_allclose(found, want, rtol=1e-5, atol=3e-6)
-    undifferentiated = loss_sums(hidden, kernel, bias, targets, weights, label_smoothing)
+    undifferentiated = loss_sums(hidden, kernel, bias, targets, weights, False, label_smoothing)
     np.testing.assert_allclose(undifferentiated, sums, rtol=1e-6)
 
 
@@ -93,8 +94,8 @@ def test_scores_in_parts_are_those_of_the_whole(rng, monkeypatch):
     hidden, kernel = np.zeros((7, D), np.float32), rng.normal(size=(D, V)).astype(np.float32)
     hidden[:4] = rng.normal(size=(4, D))
     targets = np.array([1, 5, 2, 0, 0, 1, 6])
-    whole = score_tokens(hidden, kernel, np.zeros(V, np.float32), targets)
+    whole = score_tokens(hidden, kernel, np.zeros(V, np.float32), targets, tied=False)
     monkeypatch.setattr(outputs, "LOGITS_AT_ONCE", PARTS)
-    parts = score_tokens(hidden, kernel, np.zeros(V, np.float32), targets)
+    parts = score_tokens(hidden, kernel, np.zeros(V, np.float32), targets, tied=False)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole, parts)
     np.testing.assert_array_equal(parts.correct_BT[4:], [True, False, False])

@@ -12,7 +12,7 @@ from lm.models.layers import Initializer
 
 Array = jax.Array
 
-LOGITS_AT_ONCE = 1 << 25  # float32 numbers, 128 MiB
+LOGITS_AT_ONCE = 1 << 24  # float32 numbers, 64 MiB
 
 
 class TokenScores(NamedTuple):
@@ -31,11 +31,11 @@ class LossSums(NamedTuple):
     loss: Array
 
 
-def score_tokens(hidden_ND: Array, kernel_DV: Array, bias_V: Array, targets_N: Array) -> TokenScores:
-    """Scores of N targets, the leaves [N] each; logits are made for some tokens at a time."""
+def score_tokens(hidden_ND: Array, matrix: Array, bias_V: Array, targets_N: Array, tied: bool) -> TokenScores:
+    """Scores of N targets, the leaves [N] each; logits are made for some tokens at a time. The matrix is as in `loss_sums`."""
 
     def score(hidden_ND, targets_N):
-        logits_NV = _logits(hidden_ND, kernel_DV, bias_V)
+        logits_NV = _logits(hidden_ND, matrix, bias_V, tied)
         normalizer_N = jax.nn.logsumexp(logits_NV, axis=-1)
         target_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
         return TokenScores(
@@ -45,16 +45,16 @@ def score_tokens(hidden_ND: Array, kernel_DV: Array, bias_V: Array, targets_N: A
         )
 
     num_tokens = len(targets_N)
-    parts = _parts((hidden_ND, targets_N), kernel_DV.shape[-1])
+    parts = _parts((hidden_ND, targets_N), len(bias_V))
     if parts is None:
         return score(hidden_ND, targets_N)
     scores = jax.lax.map(lambda part: score(*part), parts)
     return jax.tree.map(lambda leaf: leaf.reshape(-1)[:num_tokens], scores)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def loss_sums(
-    hidden_ND: Array, kernel_DV: Array, bias_V: Array, targets_N: Array, weights_N: Array, label_smoothing: float
+    hidden_ND: Array, matrix: Array, bias_V: Array, targets_N: Array, weights_N: Array, tied: bool, label_smoothing: float
 ) -> LossSums:
     """Summed losses of N targets, with the gradient of the objective alone.
 
@@ -63,11 +63,12 @@ def loss_sums(
     parts, and never [N, V] as a whole.
 
     Args:
-      hidden_ND, kernel_DV: in the dtype of the matmuls.
+      hidden_ND, matrix: in the dtype of the matmuls; the matrix is [V, D] if tied, else [D, V], so that neither it nor its
+        gradient is ever turned.
       weights_N: a token of weight 0 counts nowhere.
       label_smoothing: the target's share that is spread evenly over the vocabulary.
     """
-    scores = score_tokens(hidden_ND, kernel_DV, bias_V, targets_N)
+    scores = score_tokens(hidden_ND, matrix, bias_V, targets_N, tied)
     loss = -jnp.sum(scores.log_prob_BT * weights_N)
     smooth = -jnp.sum(scores.mean_log_prob_BT * weights_N)
     return LossSums(_mixed(loss, smooth, label_smoothing), loss)
@@ -77,11 +78,11 @@ def _mixed(loss, smooth, label_smoothing):
     return (1 - label_smoothing) * loss + label_smoothing * smooth if label_smoothing else loss
 
 
-def _loss_sums_forward(hidden_ND, kernel_DV, bias_V, targets_N, weights_N, label_smoothing):
-    vocab_size, num_tokens = kernel_DV.shape[-1], len(targets_N)
+def _loss_sums_forward(hidden_ND, matrix, bias_V, targets_N, weights_N, tied, label_smoothing):
+    vocab_size, num_tokens = len(bias_V), len(targets_N)
 
-    def part(hidden_ND, targets_N, weights_N):
-        logits_NV = _logits(hidden_ND, kernel_DV, bias_V)
+    def part(hidden_ND, targets_N, weights_N, d_matrix):
+        logits_NV = _logits(hidden_ND, matrix, bias_V, tied)
         largest_N = logits_NV.max(axis=-1)
         exponentials_NV = jnp.exp(logits_NV - largest_N[:, None])
         total_N = exponentials_NV.sum(axis=-1)
@@ -96,31 +97,56 @@ def _loss_sums_forward(hidden_ND, kernel_DV, bias_V, targets_N, weights_N, label
             d_logits_NV -= label_smoothing / vocab_size * weights_N[:, None]
         d_bias_V = d_logits_NV.sum(axis=0)
         d_logits_NV = d_logits_NV.astype(hidden_ND.dtype)
-        d_kernel_DV = jnp.matmul(hidden_ND.T, d_logits_NV, preferred_element_type=jnp.float32)
-        return (LossSums(_mixed(loss, smooth, label_smoothing), loss), d_kernel_DV, d_bias_V), d_logits_NV @ kernel_DV.T
+        d_hidden_ND = jnp.einsum("nv,vd->nd" if tied else "nv,dv->nd", d_logits_NV, matrix)
+        d_matrix = _add_matrix_gradient(d_matrix, hidden_ND, d_logits_NV, tied)
+        return LossSums(_mixed(loss, smooth, label_smoothing), loss), d_bias_V, d_hidden_ND, d_matrix
 
     parts = _parts((hidden_ND, targets_N, weights_N), vocab_size)
     if parts is None:
-        (sums, d_kernel_DV, d_bias_V), d_hidden_ND = part(hidden_ND, targets_N, weights_N)
+        sums, d_bias_V, d_hidden_ND, d_matrix = part(hidden_ND, targets_N, weights_N, None)
     else:
 
-        def add(sums, rows):
-            more, d_hidden_ND = part(*rows)
-            return jax.tree.map(jnp.add, sums, more), d_hidden_ND
+        def add(before, rows):
+            sums, d_bias_V, d_matrix = before
+            more, more_bias_V, d_hidden_ND, d_matrix = part(*rows, d_matrix)
+            return (jax.tree.map(jnp.add, sums, more), d_bias_V + more_bias_V, d_matrix), d_hidden_ND
 
         zero = jnp.zeros(())
-        empty = (LossSums(zero, zero), jnp.zeros(kernel_DV.shape), jnp.zeros(bias_V.shape))
-        (sums, d_kernel_DV, d_bias_V), d_hidden_PND = jax.lax.scan(add, empty, parts)
+        empty = (LossSums(zero, zero), jnp.zeros(bias_V.shape), jnp.zeros(matrix.shape))
+        (sums, d_bias_V, d_matrix), d_hidden_PND = jax.lax.scan(add, empty, parts)
         d_hidden_ND = d_hidden_PND.reshape(-1, hidden_ND.shape[-1])[:num_tokens]
-    return sums, (d_hidden_ND, d_kernel_DV, d_bias_V)
+    return sums, (d_hidden_ND, d_matrix.astype(matrix.dtype), d_bias_V)
 
 
-def _loss_sums_backward(label_smoothing, gradient, cotangents: LossSums):
-    del label_smoothing
-    d_hidden_ND, d_kernel_DV, d_bias_V = gradient
-    scale = cotangents.objective
-    dtype = d_hidden_ND.dtype
-    return (d_hidden_ND * scale).astype(dtype), (d_kernel_DV * scale).astype(dtype), d_bias_V * scale, None, None
+def _add_matrix_gradient(d_matrix, hidden_ND, d_logits_NV, tied):
+    """Adds a part's gradient to that of the parts before it (None: it is the first), float32, by blocks of the vocabulary.
+
+    A product as big as the matrix would stand beside the sum; of a block it does not matter.
+    """
+
+    axis, vocab_size = 0 if tied else 1, d_logits_NV.shape[-1]
+
+    def product(start, width):
+        names = "nv,nd->vd" if tied else "nv,nd->dv"
+        block_NV = jax.lax.dynamic_slice_in_dim(d_logits_NV, start, width, axis=1)
+        return jnp.einsum(names, block_NV, hidden_ND, preferred_element_type=jnp.float32)
+
+    def add(start, width, d_matrix):
+        before = jax.lax.dynamic_slice_in_dim(d_matrix, start, width, axis)
+        return jax.lax.dynamic_update_slice_in_dim(d_matrix, before + product(start, width), start, axis)
+
+    if d_matrix is None:
+        return product(0, vocab_size)
+    num_blocks = math.ceil(d_matrix.size / LOGITS_AT_ONCE)
+    width, rest = divmod(vocab_size, num_blocks)
+    d_matrix = jax.lax.fori_loop(0, num_blocks, lambda i, d_matrix: add(i * width, width, d_matrix), d_matrix)
+    return add(vocab_size - rest, rest, d_matrix) if rest else d_matrix
+
+
+def _loss_sums_backward(tied, label_smoothing, gradient, cotangents: LossSums):
+    del tied, label_smoothing
+    scaled = jax.tree.map(lambda g: (g * cotangents.objective).astype(g.dtype), gradient)
+    return *scaled, None, None
 
 
 loss_sums.defvjp(_loss_sums_forward, _loss_sums_backward)
@@ -142,8 +168,9 @@ def _parts(rows, vocab_size):
     return jax.tree.map(cut, rows)
 
 
-def _logits(hidden, kernel_DV, bias_V):
-    return jnp.matmul(hidden, kernel_DV, preferred_element_type=jnp.float32) + bias_V
+def _logits(hidden, matrix, bias_V, tied):
+    names = "...d,vd->...v" if tied else "...d,dv->...v"
+    return jnp.einsum(names, hidden, matrix, preferred_element_type=jnp.float32) + bias_V
 
 
 class OutputLayer(nn.Module):
@@ -159,20 +186,18 @@ class OutputLayer(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def _kernel_and_bias(self, hidden_dim, table_VD):
-        if self.tied:
-            kernel_DV = table_VD.T
-        else:
-            kernel_DV = self.param("kernel", self.kernel_init, (hidden_dim, self.vocab_size))
-        return kernel_DV.astype(self.dtype), self.param("bias", nn.initializers.zeros, (self.vocab_size,))
+    def _matrix_and_bias(self, hidden_dim, table_VD):
+        matrix = table_VD if self.tied else self.param("kernel", self.kernel_init, (hidden_dim, self.vocab_size))
+        return matrix.astype(self.dtype), self.param("bias", nn.initializers.zeros, (self.vocab_size,))
 
     def logits(self, hidden_BTD: Array, table_VD: Array) -> Array:
         """float32 [B, T, V]."""
-        return _logits(hidden_BTD.astype(self.dtype), *self._kernel_and_bias(hidden_BTD.shape[-1], table_VD))
+        matrix, bias_V = self._matrix_and_bias(hidden_BTD.shape[-1], table_VD)
+        return _logits(hidden_BTD.astype(self.dtype), matrix, bias_V, self.tied)
 
     def score(self, hidden_BTD: Array, targets_BT: Array, table_VD: Array) -> TokenScores:
         """Scores of the targets, without ever holding [B, T, V] where that is big."""
-        scores = score_tokens(*self._flat(hidden_BTD, table_VD), targets_BT.reshape(-1))
+        scores = score_tokens(*self._flat(hidden_BTD, table_VD), targets_BT.reshape(-1), self.tied)
         return jax.tree.map(lambda leaf_N: leaf_N.reshape(targets_BT.shape), scores)
 
     def loss_sums(
@@ -180,8 +205,8 @@ class OutputLayer(nn.Module):
     ) -> LossSums:
         """Summed losses of the targets, for training; see `loss_sums`."""
         flat = self._flat(hidden_BTD, table_VD)
-        return loss_sums(*flat, targets_BT.reshape(-1), weights_BT.reshape(-1), label_smoothing)
+        return loss_sums(*flat, targets_BT.reshape(-1), weights_BT.reshape(-1), self.tied, label_smoothing)
 
     def _flat(self, hidden_BTD, table_VD):
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).astype(self.dtype)
-        return hidden_ND, *self._kernel_and_bias(hidden_ND.shape[-1], table_VD)
+        return hidden_ND, *self._matrix_and_bias(hidden_ND.shape[-1], table_VD)

@@ -16,6 +16,8 @@ from lm.training.optimizer import is_clipped
 
 Array = jax.Array
 
+_BLOCK = 1 << 24  # float32 numbers, 64 MiB
+
 
 @struct.dataclass
 class TrainState:
@@ -103,11 +105,11 @@ def train_step(
     weight = jnp.maximum(sums["weight"], 1e-9)  # a batch of padding alone has no gradient, and must not divide by zero
     # The norm is taken before the division and handed on: so the divided gradients are read once, and never written.
     gradient_norm = optax.global_norm(gradients) / weight
-    gradients = jax.tree.map(lambda g: g / weight, gradients)
+    gradients = jax.tree.map(lambda g: g * (1 / weight), gradients)
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, gradient_norm=gradient_norm)
     updates = jax.tree.map(lambda u: u * state.controls["learning_rate_scale"], updates)
-    update_norm = optax.global_norm(updates)
+    update_norm = _norm_by_blocks(updates)
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
     step = state.step + 1
     log = state.log_sums
@@ -128,3 +130,14 @@ def train_step(
 def _objective_and_sums(objective, key, params, carry, batch):
     sums, carry = objective(params, carry, batch, key, True)
     return sums["objective"], (sums, carry)
+
+
+def _norm_by_blocks(updates):
+    """The global norm. Updates are made where they are added to the parameters; made whole for their norm too, a big one
+    would need memory of its own."""
+    squares = []
+    for update in jax.tree.leaves(updates):
+        rows = max(1, _BLOCK * len(update) // update.size) if update.ndim else 1
+        blocks = [update[start : start + rows] for start in range(0, len(update), rows)] if update.size > _BLOCK else [update]
+        squares += [jnp.sum(jnp.square(block)) for block in blocks]
+    return jnp.sqrt(sum(squares))
