@@ -103,9 +103,9 @@ def train_step(
 
     gradients, sums = total((gradients, sums))
     weight = jnp.maximum(sums["weight"], 1e-9)  # a batch of padding alone has no gradient, and must not divide by zero
-    # The norm is taken before the division and handed on: so the divided gradients are read once, and never written.
-    gradient_norm = optax.global_norm(gradients) / weight
-    gradients = jax.tree.map(lambda g: g * (1 / weight), gradients)
+    gradient_norm = optax.global_norm(gradients) / weight  # handed on, so that nothing needs the divided gradients but the update
+    # XLA keeps a quotient, which is quicker, and makes a product anew where it is used, which a big array has no memory for.
+    gradients = jax.tree.map(lambda g: g / weight if g.size <= _BLOCK else g * (1 / weight), gradients)
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, gradient_norm=gradient_norm)
     updates = jax.tree.map(lambda u: u * state.controls["learning_rate_scale"], updates)
