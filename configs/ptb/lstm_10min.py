@@ -10,7 +10,7 @@ from configs.ptb._budget import equal_budget
 
 
 def get_config(argument=""):
-    config = equal_budget("lstm", num_epochs=6)
+    config = equal_budget("lstm", num_epochs=5)
     config.model.num_layers = 1
     config.model.dropout_rate = 0.25
     return finish(config, argument)
