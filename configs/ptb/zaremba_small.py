@@ -5,7 +5,9 @@ python -m launch.train --config=configs/ptb/zaremba_small.py --config.data.path=
 The paper sums the loss over the 20 steps of a row and averages over rows: its learning rate of 1 and clip of 5 are 20 and
 0.25 on the mean per token that is differentiated here. It reports the last epoch: launch.evaluate --step=latest.
 
-Not yet run to its end; a step takes 57 ms on two CPU cores, so all of it half an hour (2026-11-24, Intel Xeon, JAX 0.10.2).
+Perplexity on test at the last epoch: 114.50, 114.24 and 114.14 with seeds 0, 1 and 2; of the checkpoint that is best on valid:
+115.10, 114.24 and 113.66. Seed 0 trained for 1,318 s on two CPU cores, the others side by side on one core each (2,489 and
+2,468 s; 2026-11-25, Intel Xeon, Python 3.11, JAX 0.10.2).
 """
 
 from configs._common import finish
