@@ -57,8 +57,11 @@ def main(overrides):
     return result
 
 
-_UNITS = {"train": ("training", "steps", "step"), "evaluate": ("evaluation", "batches", "batch")}
-_UNITS["generate"] = ("generation", "texts", "text")
+_UNITS = {
+    "train": ("training", "steps", "step"),
+    "evaluate": ("evaluation", "batches", "batch"),
+    "generate": ("generation", "texts", "text"),
+}
 
 
 def report(result):

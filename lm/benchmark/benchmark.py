@@ -27,8 +27,6 @@ from lm.runs.folder import environment
 from lm.training import optimizer as optimizers
 from lm.training.train import prepare
 
-MODES = ("train", "evaluate", "generate")
-PEERS = ("torch",)
 ALLOCATORS = ("tuned", "system")
 _WARM_UP = 5  # units after the first that are done before anything is measured
 _ROUND_SECONDS = 2.0
@@ -51,8 +49,8 @@ def benchmark(
     """Measures for some rounds.
 
     Args:
-      mode: one of MODES: training steps, scoring of the same batches, or sampling.
-      against: one of PEERS. Its rounds and ours take turns, and which goes first changes. On a CPU where our allocator is
+      mode: "train" for training steps, "evaluate" for scoring of the same batches, "generate" for sampling.
+      against: "torch" or None. Its rounds and ours take turns, and which goes first changes. On a CPU where our allocator is
         tuned it runs twice: as its users start it, and with the same allocator.
       steps: units of a round (training steps, scored batches, generated texts); None: as many of ours as fill two seconds.
       generation: for mode "generate"; None: one row of 256 tokens.
@@ -132,9 +130,11 @@ def _start_peers(stack, ours, facts, first_loss, against, compile_peer, scratch)
     platform, workers, peers = facts["environment"]["platform"], {}, {}
     if facts["environment"]["num_devices"] > 1:
         raise UserError("--against=torch compares on one device, but JAX uses several; set --config.num_devices=1")
-    start = ours.call("export", scratch)
+    if platform not in ("cpu", "gpu"):
+        raise UserError(f"--against=torch compares on a CPU or a GPU, but JAX uses {platform}; set JAX_PLATFORMS=cpu")
+    exported = ours.call("export", scratch)
     for allocator in ALLOCATORS[::-1] if platform == "cpu" and facts["allocator"] == "tuned" else ("system",):
-        arguments = (*start, allocator, compile_peer, platform)
+        arguments = (*exported, allocator, compile_peer, platform)
         worker = stack.enter_context(Worker(TorchSide, *arguments, environment={"JAX_PLATFORMS": "cpu"}))
         found = worker.call("first_unit")
         _check_same(first_loss, found["first_loss"], against)

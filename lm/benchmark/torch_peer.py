@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.benchmark.workloads import Generation
+from lm.benchmark.workloads import Generation, run_on
 from lm.config import RECURRENT, Config, ModelConfig
 from lm.data.batches import Batch, BatchSource, prefetch
 from lm.errors import UserError
@@ -167,14 +167,7 @@ class TrainingPeer(Peer):
 
     def run(self, num_units: int) -> tuple[float, float]:
         """As `Workload.run`."""
-        started, waited = time.perf_counter(), 0.0
-        for _ in range(num_units):
-            asked = time.perf_counter()
-            batch = next(self._batches)
-            waited += time.perf_counter() - asked
-            self._step(*batch)
-        self._wait()
-        return time.perf_counter() - started, waited
+        return run_on(self._batches, num_units, lambda batch: self._step(*batch), self._wait)
 
     def _step(self, inputs_BT, targets_BT, starts):
         from torch import nn
@@ -212,16 +205,13 @@ class EvaluationPeer(Peer):
         """As `Workload.run`."""
         import torch
 
-        started, waited = time.perf_counter(), 0.0
         with torch.inference_mode():
-            for _ in range(num_units):
-                asked = time.perf_counter()
-                inputs_BT, targets_BT, starts = next(self._batches)
-                waited += time.perf_counter() - asked
-                forward = self._forward(inputs_BT, None if starts else self._state)
-                nll_N, self._state = self._nll(*forward, targets_BT, reduction="none")
-                nll_N.cpu().numpy()
-        return time.perf_counter() - started, waited
+            return run_on(self._batches, num_units, lambda batch: self._score(*batch), self._wait)
+
+    def _score(self, inputs_BT, targets_BT, starts):
+        forward = self._forward(inputs_BT, None if starts else self._state)
+        nll_N, self._state = self._nll(*forward, targets_BT, reduction="none")
+        nll_N.cpu().numpy()
 
     def close(self) -> None:
         """Stops the thread that makes batches."""

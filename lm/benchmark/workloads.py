@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 import sys
 import time
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -51,6 +52,18 @@ class Workload(Protocol):
         """Stops the threads that make batches."""
 
 
+def run_on(batches: Iterator[Any], num_units: int, work: Callable[[Any], None], wait: Callable[[], Any]) -> tuple[float, float]:
+    """Works on the next batches, then waits for the devices; returns all seconds, and those of waiting for batches."""
+    started, waited = time.perf_counter(), 0.0
+    for _ in range(num_units):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        work(batch)
+    wait()
+    return time.perf_counter() - started, waited
+
+
 class Training:
     """The training step as a run takes it: compiled, placed, on batches made ahead.
 
@@ -76,16 +89,12 @@ class Training:
         self._batches = prefetch(batch, 0, sys.maxsize, config.data.prefetch)
 
     def run(self, num_units: int) -> tuple[float, float]:
-        started, waited = time.perf_counter(), 0.0
-        for _ in range(num_units):
-            asked = time.perf_counter()
-            rows = next(self._batches)
-            waited += time.perf_counter() - asked
+        def step(rows):
             self.state, self._carry = self._step(self.state, self._carry, rows)
             if self._first_loss is None:
                 self._first_loss = self._mean_loss()
-        jax.block_until_ready((self.state, self._carry))
-        return time.perf_counter() - started, waited
+
+        return run_on(self._batches, num_units, step, lambda: jax.block_until_ready((self.state, self._carry)))
 
     def first_loss(self) -> float:
         self._mean_loss()  # of all steps so far
@@ -118,14 +127,10 @@ class Evaluation:
         self._batches = prefetch(lambda step: source.batch(step, slice(None)), 0, sys.maxsize, config.data.prefetch)
 
     def run(self, num_units: int) -> tuple[float, float]:
-        started, waited = time.perf_counter(), 0.0
-        for _ in range(num_units):
-            asked = time.perf_counter()
-            rows = next(self._batches)
-            waited += time.perf_counter() - asked
+        def score(rows):
             _, self._memory = self._scorer.score(self._memory, rows)
-        jax.block_until_ready(self._memory)
-        return time.perf_counter() - started, waited
+
+        return run_on(self._batches, num_units, score, lambda: jax.block_until_ready(self._memory))
 
     def first_loss(self) -> float:
         return first_loss(self._scorer, self._first)

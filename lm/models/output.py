@@ -36,10 +36,9 @@ def score_tokens(hidden_ND: Array, matrix: Array, bias_V: Array, targets_N: Arra
 
     def score(hidden_ND, targets_N):
         logits_NV = _logits(hidden_ND, matrix, bias_V, tied)
-        normalizer_N = jax.nn.logsumexp(logits_NV, axis=-1)
-        target_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
+        _, _, normalizer_N = _exponentials(logits_NV)
         return TokenScores(
-            log_prob_BT=target_N - normalizer_N,
+            log_prob_BT=_at(logits_NV, targets_N) - normalizer_N,
             correct_BT=logits_NV.argmax(axis=-1) == targets_N,
             mean_log_prob_BT=logits_NV.mean(axis=-1) - normalizer_N,
         )
@@ -60,13 +59,16 @@ def loss_sums(
 
     How every logit enters the objective is known before any gradient arrives, so the gradient is worked out going forward:
     logits are made for some tokens at a time, used for the loss and for the gradient, and dropped. Three matmuls, as without
-    parts, and never [N, V] as a whole.
+    parts, and never [N, V] as a whole. As in Liger Kernel's fused linear cross entropy (Hsu et al. 2024, arXiv:2410.10989).
 
     Args:
       hidden_ND, matrix: in the dtype of the matmuls; the matrix is [V, D] if tied, else [D, V], so that neither it nor its
         gradient is ever turned.
       weights_N: a token of weight 0 counts nowhere.
       label_smoothing: the target's share that is spread evenly over the vocabulary.
+
+    Returns:
+      Sums in nats.
     """
     scores = score_tokens(hidden_ND, matrix, bias_V, targets_N, tied)
     loss = -jnp.sum(scores.log_prob_BT * weights_N)
@@ -83,12 +85,8 @@ def _loss_sums_forward(hidden_ND, matrix, bias_V, targets_N, weights_N, tied, la
 
     def part(hidden_ND, targets_N, weights_N, d_matrix):
         logits_NV = _logits(hidden_ND, matrix, bias_V, tied)
-        largest_N = logits_NV.max(axis=-1)
-        exponentials_NV = jnp.exp(logits_NV - largest_N[:, None])
-        total_N = exponentials_NV.sum(axis=-1)
-        normalizer_N = largest_N + jnp.log(total_N)
-        target_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
-        loss = -jnp.sum((target_N - normalizer_N) * weights_N)
+        exponentials_NV, total_N, normalizer_N = _exponentials(logits_NV)
+        loss = -jnp.sum((_at(logits_NV, targets_N) - normalizer_N) * weights_N)
         smooth = -jnp.sum((logits_NV.mean(axis=-1) - normalizer_N) * weights_N) if label_smoothing else 0.0
         is_target_NV = jnp.arange(vocab_size) == targets_N[:, None]
         d_logits_NV = exponentials_NV * (weights_N / total_N)[:, None]
@@ -123,7 +121,6 @@ def _add_matrix_gradient(d_matrix, hidden_ND, d_logits_NV, tied):
 
     A product as big as the matrix would stand beside the sum; of a block it does not matter.
     """
-
     axis, vocab_size = 0 if tied else 1, d_logits_NV.shape[-1]
 
     def product(start, width):
@@ -171,6 +168,18 @@ def _parts(rows, vocab_size):
 def _logits(hidden, matrix, bias_V, tied):
     names = "...d,vd->...v" if tied else "...d,dv->...v"
     return jnp.einsum(names, hidden, matrix, preferred_element_type=jnp.float32) + bias_V
+
+
+def _exponentials(logits_NV):
+    """exp(logit - largest), its sum over the vocabulary, and the logarithm of the sum of exp(logit)."""
+    largest_N = logits_NV.max(axis=-1)
+    exponentials_NV = jnp.exp(logits_NV - largest_N[:, None])
+    total_N = exponentials_NV.sum(axis=-1)
+    return exponentials_NV, total_N, largest_N + jnp.log(total_N)
+
+
+def _at(logits_NV, targets_N):
+    return jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
 
 
 class OutputLayer(nn.Module):

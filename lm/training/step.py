@@ -1,6 +1,7 @@
 """The training step: (state, carry, batch) -> (state, carry), pure, the same function on one device and on many."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -135,9 +136,11 @@ def _objective_and_sums(objective, key, params, carry, batch):
 def _norm_by_blocks(updates):
     """The global norm. Updates are made where they are added to the parameters; made whole for their norm too, a big one
     would need memory of its own."""
-    squares = []
-    for update in jax.tree.leaves(updates):
-        rows = max(1, _BLOCK * len(update) // update.size) if update.ndim else 1
-        blocks = [update[start : start + rows] for start in range(0, len(update), rows)] if update.size > _BLOCK else [update]
-        squares += [jnp.sum(jnp.square(block)) for block in blocks]
-    return jnp.sqrt(sum(squares))
+
+    def square(update):
+        if update.size <= _BLOCK:
+            return jnp.sum(jnp.square(update))
+        rows = max(1, _BLOCK // math.prod(update.shape[1:]))
+        return sum(jnp.sum(jnp.square(update[start : start + rows])) for start in range(0, len(update), rows))
+
+    return jnp.sqrt(sum(map(square, jax.tree.leaves(updates))))
