@@ -1,7 +1,6 @@
 """The training step: (state, carry, batch) -> (state, carry), pure, the same function on one device and on many."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,8 +15,6 @@ from lm.parallel import join_rows, split_rows
 from lm.training.optimizer import is_clipped
 
 Array = jax.Array
-
-_BLOCK = 1 << 24  # float32 numbers, 64 MiB
 
 
 @struct.dataclass
@@ -105,12 +102,11 @@ def train_step(
     gradients, sums = total((gradients, sums))
     weight = jnp.maximum(sums["weight"], 1e-9)  # a batch of padding alone has no gradient, and must not divide by zero
     gradient_norm = optax.global_norm(gradients) / weight  # handed on, so that nothing needs the divided gradients but the update
-    # XLA keeps a quotient, which is quicker, and makes a product anew where it is used, which a big array has no memory for.
-    gradients = jax.tree.map(lambda g: g / weight if g.size <= _BLOCK else g * (1 / weight), gradients)
+    gradients = jax.tree.map(lambda g: g / weight, gradients)
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, gradient_norm=gradient_norm)
     updates = jax.tree.map(lambda u: u * state.controls["learning_rate_scale"], updates)
-    update_norm = _norm_by_blocks(updates)
+    update_norm = optax.global_norm(updates)
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
     step = state.step + 1
     log = state.log_sums
@@ -131,16 +127,3 @@ def train_step(
 def _objective_and_sums(objective, key, params, carry, batch):
     sums, carry = objective(params, carry, batch, key, True)
     return sums["objective"], (sums, carry)
-
-
-def _norm_by_blocks(updates):
-    """The global norm. Updates are made where they are added to the parameters; made whole for their norm too, a big one
-    would need memory of its own."""
-
-    def square(update):
-        if update.size <= _BLOCK:
-            return jnp.sum(jnp.square(update))
-        rows = max(1, _BLOCK // math.prod(update.shape[1:]))
-        return sum(jnp.sum(jnp.square(update[start : start + rows])) for start in range(0, len(update), rows))
-
-    return jnp.sqrt(sum(map(square, jax.tree.leaves(updates))))
