@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and where those lie that can be made again."""
 
 import hashlib
 import json
@@ -31,6 +31,11 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
             raise
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def user_cache() -> pathlib.Path:
+    """The user's folder for what can be made again: lm in $XDG_CACHE_HOME or ~/.cache. It need not exist."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lm"
 
 
 def check_writable(path: pathlib.Path) -> None:

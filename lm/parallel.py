@@ -1,7 +1,9 @@
 """Placement: one device or pmap over several. The only place that knows device axes; outside it arrays are global."""
 
 import ctypes
+import hashlib
 import pathlib
+import platform
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.config import Config
 from lm.errors import UserError
+from lm.files import user_cache
 
 _AXIS = "devices"
 
@@ -36,26 +39,39 @@ def keep_freed_memory() -> bool:
 def start(allocator: str = "tuned", compile_cache: pathlib.Path | None = None) -> None:
     """Starts JAX's backend; on a CPU with allocator "tuned", glibc's thresholds are set first.
 
+    What is compiled is kept, so that a second start, also of an interrupted run, takes seconds less. JAX's own variables go
+    before: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+
     Args:
       allocator: "tuned" or "system".
-      compile_cache: folder in which everything that is compiled is kept for the next start; None: nothing is.
+      compile_cache: folder for what is compiled; None: in the user's cache.
 
     Raises:
       UserError: the platform asked for by JAX_PLATFORMS is not there.
     """
     try:
-        platform = jax.default_backend()
+        backend = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # jax asserts that some backend came up
         asked, told = jax.config.jax_platforms, str(error).strip().splitlines()
         raise UserError(
             f"JAX cannot start {asked!r}, which JAX_PLATFORMS asks for{f': {told[0]}' if told else ''}; install the extra for it "
             "(pip install -e '.[cuda]' or '.[tpu]') or set JAX_PLATFORMS=cpu"
         ) from None
-    if platform == "cpu" and allocator == "tuned":
+    if backend == "cpu" and allocator == "tuned":
         keep_freed_memory()
-    if compile_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(compile_cache))
+    if compile_cache is not None or jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(compile_cache or user_cache() / "compiled" / _processor_sha256()[:12]))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _processor_sha256() -> str:
+    """Tells processors apart: code for a CPU must not be run by another that shares the user's folder."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return hashlib.sha256("\n".join([platform.machine(), *sorted(features)]).encode()).hexdigest()
 
 
 class Placement:

@@ -313,6 +313,21 @@ def test_a_process_of_its_own_ends_the_same_way(workplace):
     assert done.stderr.startswith(f"launch.train: --config={workplace / 'nowhere.py'} is not a file")
 
 
+def test_what_is_compiled_is_kept_for_the_next_start(workplace, tmp_path, monkeypatch):
+    call = ["launch.train", f"--config={workplace}/lstm.py", "--config.training.num_steps=1"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (done,) = call_verbs([[*call, f"--workdir={tmp_path}/a"]], tmp_path / "out")
+    kept = sorted((tmp_path / "lm" / "compiled").glob("*/jit_train_step-*"))
+    assert done.code == 0 and kept, done.err
+    (done,) = call_verbs([[*call, f"--workdir={tmp_path}/b"]], tmp_path / "out")
+    assert done.code == 0 and done.err == ""
+    assert sorted((tmp_path / "lm" / "compiled").glob("*/jit_train_step-*")) == kept
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    (done,) = call_verbs([[*call, f"--workdir={tmp_path}/c"]], tmp_path / "out")
+    assert done.code == 0 and list((tmp_path / "mine").glob("jit_train_step-*"))
+
+
 def test_verbs_write_their_result_for_a_program(workplace, tmp_path):
     calls = [
         f"launch.train --config={workplace}/ngram.py --workdir={tmp_path}/run --json={tmp_path}/train.json",

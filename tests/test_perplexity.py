@@ -10,7 +10,7 @@ from hypothesis import example, given, settings, strategies as st
 
 from lm.evaluation import perplexity
 from lm.evaluation.perplexity import Layout, figures, token_losses
-from lm.evaluation.scorers import NgramScorer, neural_scorer
+from lm.evaluation.scorers import NgramScorer, neural_scorer, score_ahead
 from lm.models.ngram import Ngram
 from lm.parallel import Placement
 
@@ -42,6 +42,9 @@ class Recorder:
         after = np.where(there_BT.any(axis=1), targets_BT.max(axis=1), last_B), seen_B + there_BT.sum(axis=1)
         return context_BT.astype(np.float32), None if memory is None else after
 
+    def fetch(self, nll_BT):
+        return nll_BT
+
 
 def test_empty_rows_beside_the_streams_change_nothing():
     """Five streams on four devices are scored as five streams, not as eight, which would have other seams."""
@@ -69,6 +72,9 @@ class Bigram:
     def score(self, memory, batch):
         pairs = np.stack([batch.inputs_BT, batch.targets_BT], axis=-1)
         return -np.log([[self.table.get(tuple(map(int, pair)), 1.0) for pair in row] for row in pairs]), memory
+
+    def fetch(self, nll_BT):
+        return nll_BT
 
 
 def counted(num_tokens, layout):
@@ -228,3 +234,20 @@ def test_a_scorer_told_nothing_remembers_nothing():
             pairs.setdefault((before, token), []).append(nll)
         assert max(np.ptp(values) for values in pairs.values()) < 1e-5  # a function of the token before alone
         assert max(map(len, pairs.values())) > 1
+
+
+def test_segments_are_sent_before_the_result_of_one_is_waited_for():
+    told = []
+
+    class Recorder:
+        def score(self, memory, batch):
+            told.append(f"send {batch}")
+            return (batch, memory), memory + 1
+
+        def fetch(self, nll_BT):
+            told.append(f"fetch {nll_BT[0]}")
+            return nll_BT
+
+    results = list(score_ahead(Recorder(), 10, [(number, f"note {number}") for number in range(4)]))
+    assert results == [((number, 10 + number), f"note {number}") for number in range(4)]
+    assert told == [*"send 0,send 1,send 2,fetch 0,send 3,fetch 1,fetch 2,fetch 3".split(",")]

@@ -167,7 +167,12 @@ class TrainingPeer(Peer):
 
     def run(self, num_units: int) -> tuple[float, float]:
         """As `Workload.run`."""
-        return run_on(self._batches, num_units, lambda batch: self._step(*batch), self._wait)
+        return run_on(self._batches, num_units, self._train)
+
+    def _train(self, batches):
+        for batch in batches:
+            self._step(*batch)
+        self._wait()
 
     def _step(self, inputs_BT, targets_BT, starts):
         from torch import nn
@@ -206,12 +211,13 @@ class EvaluationPeer(Peer):
         import torch
 
         with torch.inference_mode():
-            return run_on(self._batches, num_units, lambda batch: self._score(*batch), self._wait)
+            return run_on(self._batches, num_units, self._score)
 
-    def _score(self, inputs_BT, targets_BT, starts):
-        forward = self._forward(inputs_BT, None if starts else self._state)
-        nll_N, self._state = self._nll(*forward, targets_BT, reduction="none")
-        nll_N.cpu().numpy()
+    def _score(self, batches):
+        for inputs_BT, targets_BT, starts in batches:
+            forward = self._forward(inputs_BT, None if starts else self._state)
+            nll_N, self._state = self._nll(*forward, targets_BT, reduction="none")
+            nll_N.cpu().numpy()
 
     def close(self) -> None:
         """Stops the thread that makes batches."""

@@ -13,7 +13,7 @@ import numpy as np
 from lm.data.batches import batches, prefetch
 from lm.errors import UserError
 from lm.evaluation.generate import Sampling, sample_tokens
-from lm.evaluation.scorers import neural_scorer
+from lm.evaluation.scorers import neural_scorer, score_ahead
 from lm.models.build import initialise
 from lm.parallel import Placement
 from lm.training import optimizer as optimizers
@@ -52,16 +52,32 @@ class Workload(Protocol):
         """Stops the threads that make batches."""
 
 
-def run_on(batches: Iterator[Any], num_units: int, work: Callable[[Any], None], wait: Callable[[], Any]) -> tuple[float, float]:
-    """Works on the next batches, then waits for the devices; returns all seconds, and those of waiting for batches."""
-    started, waited = time.perf_counter(), 0.0
-    for _ in range(num_units):
+class Timed:
+    """An iterator over another, and how long it has been waited for.
+
+    Attributes:
+      seconds: of waiting so far.
+    """
+
+    def __init__(self, iterator: Iterator[Any]):
+        self._iterator, self.seconds = iterator, 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
         asked = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - asked
-        work(batch)
-    wait()
-    return time.perf_counter() - started, waited
+        try:
+            return next(self._iterator)
+        finally:
+            self.seconds += time.perf_counter() - asked
+
+
+def run_on(batches: Iterator[Any], num_units: int, work: Callable[[Iterator[Any]], Any]) -> tuple[float, float]:
+    """Works on the next batches until it is done with them; returns all seconds, and those of waiting for batches."""
+    timed, started = Timed(itertools.islice(batches, num_units)), time.perf_counter()
+    work(timed)
+    return time.perf_counter() - started, timed.seconds
 
 
 class Training:
@@ -89,12 +105,14 @@ class Training:
         self._batches = prefetch(batch, 0, sys.maxsize, config.data.prefetch)
 
     def run(self, num_units: int) -> tuple[float, float]:
-        def step(rows):
+        return run_on(self._batches, num_units, self._train)
+
+    def _train(self, batches):
+        for rows in batches:
             self.state, self._carry = self._step(self.state, self._carry, rows)
             if self._first_loss is None:
                 self._first_loss = self._mean_loss()
-
-        return run_on(self._batches, num_units, step, lambda: jax.block_until_ready((self.state, self._carry)))
+        jax.block_until_ready((self.state, self._carry))
 
     def first_loss(self) -> float:
         self._mean_loss()  # of all steps so far
@@ -122,15 +140,17 @@ class Evaluation:
         source = batches(config, experiment.train)
         self.tokens_per_unit = float(source.tokens_per_step)
         self._scorer = neural_scorer(model, placement)(placement.put_state(initialise(model, config.seed)))
-        self._memory = self._scorer.start(config.data.batch_size) if source.carries else None
+        self._rows = config.data.batch_size if source.carries else None
         self._first = source.batch(0, slice(None))
         self._batches = prefetch(lambda step: source.batch(step, slice(None)), 0, sys.maxsize, config.data.prefetch)
 
     def run(self, num_units: int) -> tuple[float, float]:
-        def score(rows):
-            _, self._memory = self._scorer.score(self._memory, rows)
+        return run_on(self._batches, num_units, self._score)
 
-        return run_on(self._batches, num_units, score, lambda: jax.block_until_ready(self._memory))
+    def _score(self, batches):
+        memory = None if self._rows is None else self._scorer.start(self._rows)
+        for _ in score_ahead(self._scorer, memory, ((batch, None) for batch in batches)):
+            pass
 
     def first_loss(self) -> float:
         return first_loss(self._scorer, self._first)
@@ -170,7 +190,7 @@ class Generating:
 def first_loss(scorer, batch) -> float:
     """Nats per token of a batch whose rows start empty."""
     weights_BT = np.asarray(batch.loss_weights_BT)
-    nll_BT, _ = scorer.score(None, batch)
+    nll_BT = scorer.fetch(scorer.score(None, batch)[0])
     loss = float((nll_BT * weights_BT).sum() / weights_BT.sum())
     if not np.isfinite(loss):
         raise UserError("the loss of the first batch is not finite; try a smaller config.model.init_scale")

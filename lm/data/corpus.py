@@ -13,7 +13,7 @@ import numpy as np
 from lm.config import DataConfig
 from lm.data import sources, tokenizers
 from lm.errors import UserError
-from lm.files import sha256_of
+from lm.files import sha256_of, user_cache
 
 _FORMAT = 1
 
@@ -58,8 +58,7 @@ def cache_dir(data: DataConfig) -> pathlib.Path:
     Raises:
       UserError: a folder that cannot be written.
     """
-    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lm"
-    folder = pathlib.Path(data.cache_dir) if data.cache_dir else default
+    folder = pathlib.Path(data.cache_dir) if data.cache_dir else user_cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -9,7 +9,7 @@ import numpy as np
 
 from lm.data.batches import Batch
 from lm.data.corpus import Corpus
-from lm.evaluation.scorers import Scorer
+from lm.evaluation.scorers import Scorer, score_ahead
 
 _SEGMENT = 256  # tokens a carried stream advances at a time; the figure does not depend on it
 
@@ -50,8 +50,7 @@ def token_losses(
     """
     nll_N, num_scored = np.zeros(len(corpus.tokens), np.float32), 0
     memory = None if layout.context else scorer.start(layout.filled_rows)
-    for batch, index_BT in _batches(corpus, layout):
-        nll_BT, memory = scorer.score(memory, batch)
+    for nll_BT, index_BT in score_ahead(scorer, memory, _batches(corpus, layout)):
         scored = index_BT >= 0
         nll_N[index_BT[scored]] = nll_BT[scored]
         num_scored += int(scored.sum())

@@ -1,7 +1,8 @@
 """Scorers: what perplexity needs of a model, for neural models and for n-grams alike."""
 
+import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -12,6 +13,8 @@ from lm.models.language_model import LanguageModel
 from lm.models.ngram import Ngram, Tables
 from lm.objectives import reset_rows
 from lm.parallel import Placement
+
+_SEGMENTS_AHEAD = 2
 
 
 class Scorer(Protocol):
@@ -26,11 +29,36 @@ class Scorer(Protocol):
     def start(self, num_rows: int) -> Any:
         """The memory before the first segment."""
 
-    def score(self, memory: Any, batch: Batch) -> tuple[np.ndarray, Any]:
-        """Negative log likelihoods nll_BT (nats) of a segment's targets, and the memory after it.
+    def score(self, memory: Any, batch: Batch) -> tuple[Any, Any]:
+        """Negative log likelihoods nll_BT (nats) of a segment's targets, for `fetch`, and the memory after it.
 
         Memory None means: every row starts empty, and None is returned.
         """
+
+    def fetch(self, nll_BT: Any) -> np.ndarray:
+        """What `score` gave, on the host; waits for the devices."""
+
+
+def score_ahead(scorer: Scorer, memory: Any, segments: Iterable[tuple[Batch, Any]]) -> Iterator[tuple[np.ndarray, Any]]:
+    """Scores segments in order; the devices get the next ones before the result of one is waited for.
+
+    Args:
+      scorer: of the model.
+      memory: before the first segment.
+      segments: batches, each with a note of the caller's.
+
+    Yields:
+      nll_BT of a batch, and its note.
+    """
+    underway: collections.deque[tuple[Any, Any]] = collections.deque()
+    for batch, note in segments:
+        nll_BT, memory = scorer.score(memory, batch)
+        underway.append((nll_BT, note))
+        if len(underway) > _SEGMENTS_AHEAD:
+            nll_BT, note = underway.popleft()
+            yield scorer.fetch(nll_BT), note
+    for nll_BT, note in underway:
+        yield scorer.fetch(nll_BT), note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +75,10 @@ class NeuralScorer:
         return self.placement.put_rows(jax.device_get(self.model.initial_carry(num_rows)))
 
     def score(self, memory, batch):
-        nll_BT, memory = self.compiled(self.params, memory, self.placement.put_rows(batch))
-        return self.placement.get_rows(nll_BT), memory
+        return self.compiled(self.params, memory, self.placement.put_rows(batch))
+
+    def fetch(self, nll_BT):
+        return self.placement.get_rows(nll_BT)
 
 
 def neural_scorer(model: LanguageModel, placement: Placement) -> Callable[[Any], NeuralScorer]:
@@ -92,3 +122,6 @@ class NgramScorer:
         log_probs = self.model.log_probs(self.tables, history.reshape(num_rows * length, width), batch.targets_BT.reshape(-1))
         after = None if memory is None else tokens[:, tokens.shape[1] - before.shape[1] :]
         return -log_probs.reshape(num_rows, length), after
+
+    def fetch(self, nll_BT):
+        return nll_BT
