@@ -9,7 +9,8 @@ import pytest
 import references
 from flax import linen as nn
 
-from lm.models.attention import Attention, attend, empty_slots, places
+from lm.models import attention as attention_module
+from lm.models.attention import Attention, attend, attend_causally, causal, empty_slots, places
 
 B, T, D, HEADS = 2, 6, 8, 2
 ZEROS = nn.initializers.zeros  # parameters are always given
@@ -50,6 +51,37 @@ def test_attention_and_gradients_equal_numpy(rng, window, rotary):
     assert jax.tree.structure(gradients) == jax.tree.structure((nested(d_flat), d_x))
     # The key's bias has no effect, so its true gradient is zero: absolute tolerance, at sums of some dozen terms up to ten.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradients, (nested(d_flat), d_x))
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 8])
+@pytest.mark.parametrize(("queries", "scores"), [(256, 1 << 22), (2, 1 << 22), (2, 2 * 9 * 4), (1, 1)])
+def test_attention_in_blocks_of_queries_and_some_heads_at_a_time_is_attention(rng, window, queries, scores, monkeypatch):
+    """Blocks of one, two or all queries; all six heads of all rows, three, or one at a time."""
+    monkeypatch.setattr(attention_module, "_QUERIES_AT_ONCE", queries)
+    monkeypatch.setattr(attention_module, "_SCORES_AT_ONCE", scores)
+    q, k, v, cotangent = (rng.normal(size=(2, 9, 3, 4)).astype(np.float32) for _ in range(4))
+
+    def gradients_of(function):
+        def run(q, k, v):
+            mixed, backward = jax.vjp(function, q, k, v)
+            return mixed, *backward(cotangent)
+
+        return jax.jit(run)(q, k, v)
+
+    plain = gradients_of(lambda q, k, v: attend(q, k, v, causal(0, 9, 0, 9, window))[0])
+    blocks = gradients_of(lambda q, k, v: attend_causally(q, k, v, window))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), blocks, plain)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_that_shows_its_weights_mixes_the_same(rng, window):
+    attention = Attention(D, HEADS, True, nn.initializers.normal(0.5), nn.initializers.normal(0.5))
+    x = rng.normal(size=(B, T, D)).astype(np.float32)
+    where, _ = places((B, T), None, None, window)
+    params = attention.init(jax.random.key(0), x, where)
+    (shown, _), _ = attention.apply(params, x, where, mutable=["intermediates"])
+    unseen, _ = attention.apply(params, x, where)
+    np.testing.assert_allclose(unseen, shown, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_masks_differ_over_rows_heads_and_tokens():

@@ -1,5 +1,6 @@
 """Scaled dot-product attention over heads, its masks, and the key/value cache that it carries from segment to segment."""
 
+import math
 from typing import Any
 
 import jax
@@ -10,6 +11,10 @@ from lm.models.layers import Dropout, Initializer, rotate, segment_runs
 
 Array = jax.Array
 
+_QUERIES_AT_ONCE = 256
+_MOST_BLOCKS = 8  # of queries, so that a long text does not make a long program
+_SCORES_AT_ONCE = 1 << 22  # float32 numbers, 16 MiB
+
 
 @struct.dataclass
 class Places:
@@ -18,12 +23,14 @@ class Places:
     Attributes:
       positions_BT: int32 position of each token in its own text. Leading axis 1 where all rows have the same.
       visible_BTS: bool, whether a token sees a key; the keys are the cache's slots (if any), then the segment's tokens.
-        Leading axis 1 where all rows see the same.
+        None: a token sees itself and all before it, the last `window` positions at most.
+      window: see `places`.
       slots_BT: int32 slot of the cache that a token is written to, or the number of slots where it is not; None: no cache.
     """
 
     positions_BT: Array
-    visible_BTS: Array
+    visible_BTS: Array | None
+    window: int | None = struct.field(pytree_node=False)
     slots_BT: Array | None = None
 
 
@@ -64,6 +71,8 @@ def places(
       The places, and the slots after the segment.
     """
     batch_size, length = shape
+    if segments_BT is None and slots is None:
+        return Places(jnp.arange(length, dtype=jnp.int32)[None], None, window), None
     if segments_BT is None:
         valid_BT, runs_BT = jnp.ones((1, length), bool), jnp.zeros((1, length), jnp.int32)
     else:
@@ -83,7 +92,7 @@ def places(
 
     visible_BTS = visible(positions_BT, runs_BT, valid_BT)
     if slots is None:
-        return Places(positions_BT, visible_BTS), None
+        return Places(positions_BT, visible_BTS, window), None
 
     num_slots = slots.ordinal_BS.shape[1]
     positions_BT, runs_BT, valid_BT = (jnp.broadcast_to(x, shape) for x in (positions_BT, runs_BT, valid_BT))
@@ -97,7 +106,7 @@ def places(
     kept_BT &= positions_BT >= next_B[:, None] - num_slots
     slots_BT = jnp.where(kept_BT, positions_BT % num_slots, num_slots)
     ordinal_BS = put(jnp.where(last_run_B1 > 0, 0, slots.ordinal_BS), slots_BT, positions_BT + 1)
-    return Places(positions_BT, visible_BTS, slots_BT), Slots(ordinal_BS, next_B)
+    return Places(positions_BT, visible_BTS, window, slots_BT), Slots(ordinal_BS, next_B)
 
 
 def put(cache_BS: Array, slots_BT: Array, values_BT: Array) -> Array:
@@ -121,6 +130,45 @@ def attend(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible_BTS: Array, drop
     weights_BHTS = jax.nn.softmax(scores_BHTS)
     mixed_BHTK = jnp.matmul(dropout(weights_BHTS).astype(v_BHSK.dtype), v_BHSK)
     return mixed_BHTK.swapaxes(1, 2), weights_BHTS
+
+
+def causal(first_query: int, num_queries: int, first_key: int, num_keys: int, window: int | None) -> Array:
+    """bool [1, T, S]: whether a query sees a key, by their positions alone."""
+    distance_TS = (first_query + jnp.arange(num_queries))[:, None] - (first_key + jnp.arange(num_keys))
+    seen_TS = distance_TS >= 0 if window is None else (distance_TS >= 0) & (distance_TS < window)
+    return seen_TS[None]
+
+
+def attend_causally(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, window: int | None) -> Array:
+    """`attend` where a token sees itself and the last `window` positions (None: all), and nobody asks for the weights.
+
+    Blocks of queries meet only the keys that some of them see, which spares half of a long text's arithmetic. Where the
+    scores are many, some heads come at a time, and the backward pass makes their scores again instead of keeping them.
+    """
+    batch_size, length, num_heads, width = q_BTHK.shape
+    block = max(_QUERIES_AT_ONCE, math.ceil(length / _MOST_BLOCKS))
+    at_once = max(1, _SCORES_AT_ONCE // (min(block, length) * length))
+    total = batch_size * num_heads
+    num_parts = next(n for n in range(1, total + 1) if total % n == 0 and total <= n * at_once)
+    if num_parts == 1:
+        return _attend_in_blocks(q_BTHK, k_BTHK, v_BTHK, window, block)
+
+    def cut(x_BTHK):
+        return x_BTHK.swapaxes(1, 2).reshape(num_parts, -1, length, 1, width)
+
+    attend_some = jax.checkpoint(lambda qkv: _attend_in_blocks(*qkv, window, block))
+    mixed = jax.lax.map(attend_some, (cut(q_BTHK), cut(k_BTHK), cut(v_BTHK)))
+    return mixed.reshape(batch_size, num_heads, length, width).swapaxes(1, 2)
+
+
+def _attend_in_blocks(q_BTHK, k_BTHK, v_BTHK, window, block):
+    length, mixed = q_BTHK.shape[1], []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        visible_1TS = causal(start, end - start, first, end - first, window)
+        mixed.append(attend(q_BTHK[:, start:end], k_BTHK[:, first:end], v_BTHK[:, first:end], visible_1TS)[0])
+    return jnp.concatenate(mixed, axis=1)
 
 
 class Attention(nn.Module):
@@ -170,6 +218,13 @@ class Attention(nn.Module):
         if cache is not None:
             after = tuple(put(old, where.slots_BT, new) for old, new in zip(cache, (k, v), strict=True))
             keys, values = (jnp.concatenate([old.astype(new.dtype), new], axis=1) for old, new in zip(cache, (k, v), strict=True))
-        mixed, weights = attend(q, keys, values, where.visible_BTS, lambda weights: self.dropout(weights, rows_B, train))
-        self.sow("intermediates", "attention_weights", weights)
+        weights_asked_for = self.is_mutable_collection("intermediates") or (train and self.dropout_rate)
+        if where.visible_BTS is None and not weights_asked_for:
+            mixed = attend_causally(q, keys, values, where.window)
+        else:
+            visible_BTS = where.visible_BTS
+            if visible_BTS is None:
+                visible_BTS = causal(0, x_BTD.shape[1], 0, x_BTD.shape[1], where.window)
+            mixed, weights = attend(q, keys, values, visible_BTS, lambda weights: self.dropout(weights, rows_B, train))
+            self.sow("intermediates", "attention_weights", weights)
         return self.outward(mixed.reshape(x_BTD.shape)), after
