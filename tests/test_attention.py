@@ -74,6 +74,27 @@ def test_attention_in_blocks_of_queries_and_some_heads_at_a_time_is_attention(rn
 
 
 @pytest.mark.parametrize("window", [None, 3])
+def test_what_flash_attention_is_asked_for_is_attention(rng, window, monkeypatch):
+    """With XLA in cuDNN's place, which takes the same arguments."""
+    asked, xla = [], jax.nn.dot_product_attention
+
+    def flash(*args, implementation, **options):
+        asked.append(implementation)
+        return xla(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", flash)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 6, 3, 8)), jnp.bfloat16) for _ in range(3))
+    mixed = attend_causally(q, k, v, window)
+    want, _ = attend(*(x.astype(jnp.float32) for x in (q, k, v)), causal(0, 6, 0, 6, window))
+    np.testing.assert_allclose(mixed.astype(jnp.float32), want, rtol=2**-6, atol=2**-6)
+    assert asked == ["cudnn"]
+    for other in (q[:, :5], q[..., :4], q.astype(jnp.float32)):  # what cuDNN does not take
+        attend_causally(other, other, other, window)
+    assert asked == ["cudnn"]
+
+
+@pytest.mark.parametrize("window", [None, 3])
 def test_attention_that_shows_its_weights_mixes_the_same(rng, window):
     attention = Attention(D, HEADS, True, nn.initializers.normal(0.5), nn.initializers.normal(0.5))
     x = rng.normal(size=(B, T, D)).astype(np.float32)
