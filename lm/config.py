@@ -160,6 +160,16 @@ class ModelConfig(Section):
         None, "half-width of uniform and standard deviation of normal initialisers", above=0, only=NEURAL
     )
     forget_bias: float | None = setting(None, "initial bias of the forget gate", only=("lstm",))
+    scan_layers: bool | None = setting(
+        None, "run all layers by one compiled loop; by default where remat is on", only=("transformer",), resumable=True
+    )
+    remat: str | None = setting(
+        None,
+        "what the backward pass makes again instead of keeping it: nothing, all but the matmuls' results, or whole layers",
+        choices=("none", "matmuls", "full"),
+        only=("transformer",),
+        resumable=True,
+    )
     ngram_order: int | None = setting(None, "longest n-gram, in tokens (5: four tokens of context)", at_least=1, only=("ngram",))
 
 
@@ -319,6 +329,7 @@ _MODEL_DEFAULTS = {
         num_heads=4,
         positions="rotary",
         norm="layer_norm",
+        remat="none",
         dropout_rate=0.0,
         word_dropout_rate=0.0,
         kernel_init="xavier_uniform",
@@ -492,6 +503,8 @@ def _resolve_model(model):
 
 
 def _resolve_transformer(model):
+    if model.scan_layers is None:
+        model.scan_layers = model.remat != "none"
     if model.hidden_dim and model.hidden_dim % model.num_heads:
         raise UserError(
             f"config.model.num_heads is {model.num_heads}, which does not divide config.model.hidden_dim {model.hidden_dim}; "

@@ -220,6 +220,8 @@ OTHER_VALUES = {
     "embedding_init": "he_normal",
     "init_scale": 0.2,
     "forget_bias": 2.0,
+    "scan_layers": True,
+    "remat": "full",
 }
 # Fields that only mean something beside others: what is set on both sides of the comparison.
 BESIDE = {

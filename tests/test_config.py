@@ -178,6 +178,9 @@ def test_an_unknown_field_is_named_with_the_nearest_one():
         (dict(TRANSFORMER, model__activation="swiglu", model__hidden_dim=16), dict(model__mlp_dim=43)),  # ceil(16 * 8 / 3)
         (dict(TRANSFORMER, model__dropout_rate=0.3), dict(model__attention_dropout_rate=0.3, model__output_dropout_rate=None)),
         (dict(TRANSFORMER, model__positions="learned"), dict(model__max_positions=1024)),
+        (TRANSFORMER, dict(model__remat="none", model__scan_layers=False)),
+        (dict(TRANSFORMER, model__remat="full"), dict(model__scan_layers=True)),
+        (dict(TRANSFORMER, model__remat="full", model__scan_layers=False), dict(model__scan_layers=False)),
         (dict(TRANSFORMER, data__order="stream", model__attention_window=8), dict(evaluation__context=None)),
         (dict(evaluation__context=2), dict(evaluation__stride=1)),
         (NGRAM, dict(model__ngram_order=5, model__num_layers=None, model__hidden_dim=None)),

@@ -284,6 +284,9 @@ def test_attention_weights_can_be_had(rng):
     stack = stack_with(attention_window=5)
     x = rng.normal(size=(B, T, D)).astype(np.float32)
     _, sown = jax.jit(lambda x: stack.apply({"params": random_params(stack)}, x, mutable=["intermediates"]))(x)
+    scanned = stack_with(attention_window=5, scan_layers=True)
+    _, same = jax.jit(lambda x: scanned.apply({"params": random_params(stack)}, x, mutable=["intermediates"]))(x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), same, sown)
     for i in range(LAYERS):
         (weights,) = sown["intermediates"][f"layer_{i}"]["attention"]["attention_weights"]
         assert weights.shape == (B, HEADS, T, T)
@@ -330,3 +333,51 @@ def test_dropout_is_off_outside_training(rng):
     _, run = compiled_stack("rotary, ring of 5")
     hidden, _ = jax.jit(lambda x: stack.apply({"params": params}, x, train=False))(x)
     np.testing.assert_array_equal(hidden, run(x, None, None)[0])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [dict(scan_layers=True), dict(remat="full"), dict(scan_layers=True, remat="matmuls"), dict(scan_layers=True, remat="full")],
+)
+def test_layers_scanned_or_made_again_give_the_same_numbers(rng, fields):
+    """Every dropout on: a layer's masks are its own, however the layers are run."""
+    x, cotangent = (rng.normal(size=(B, T, D)).astype(np.float32) for _ in range(2))
+
+    def gradients_of(stack):
+        def forward(params, x):
+            hidden, _ = stack.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(3)})
+            return hidden
+
+        def run(params):
+            hidden, backward = jax.vjp(forward, params, x)
+            return hidden, *backward(cotangent)
+
+        return jax.jit(run)(random_params(stack_with()))
+
+    plain, other = gradients_of(stack_with(**RATES)), gradients_of(stack_with(**RATES, **fields))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), other, plain)
+    masks_off = gradients_of(stack_with(**fields))
+    assert np.abs(masks_off[0] - plain[0]).max() > 0.1
+    stack = stack_with(**RATES, **fields)
+    assert jax.tree.structure(random_params(stack)) == jax.tree.structure(random_params(stack_with()))
+
+
+def test_a_scanned_stack_is_one_layers_program_and_keeps_less_where_it_is_made_again():
+    """Lines of the program do not grow with depth; what the backward pass keeps falls from policy to policy."""
+
+    def compiled(**fields):
+        stack = stack_with(**fields)
+        shapes = jax.eval_shape(lambda: stack.init(jax.random.key(0), jnp.zeros((1, 1, D))))
+
+        def loss(variables, x):
+            return stack.apply(variables, x, train=True)[0].sum()
+
+        return jax.jit(jax.grad(loss)).lower(shapes, jax.ShapeDtypeStruct((4, 64, D), jnp.float32))
+
+    deep, shallow = (len(compiled(num_layers=n, scan_layers=True).as_text()) for n in (12, 3))
+    assert deep < 1.5 * shallow < len(compiled(num_layers=12).as_text()) / 2
+    kept = [
+        compiled(num_layers=12, scan_layers=True, remat=remat).compile().memory_analysis().temp_size_in_bytes
+        for remat in ("none", "matmuls", "full")
+    ]
+    assert kept[0] > 1.5 * kept[1] > 1.5 * 1.2 * kept[2], kept

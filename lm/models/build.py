@@ -75,6 +75,8 @@ def _transformer(model, dtype):
         embedding_dropout_rate=model.embedding_dropout_rate,
         dropout_rate=model.dropout_rate,
         attention_dropout_rate=model.attention_dropout_rate,
+        scan_layers=model.scan_layers,
+        remat=model.remat,
         dtype=dtype,
     )
     return stack, model.hidden_dim, math.sqrt(model.hidden_dim) if model.positions == "sinusoidal" else 1.0

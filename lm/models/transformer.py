@@ -2,12 +2,16 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.errors import UserError
 from lm.models.attention import Attention, empty_slots, places
 from lm.models.layers import Dropout, FeedForward, Initializer, norm, sinusoidal
+
+
+_KEPT = {"full": None, "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class Block(nn.Module):
@@ -40,6 +44,10 @@ class TransformerStack(nn.Module):
       positions: "learned" (a table of max_positions rows), "sinusoidal" or "rotary".
       attention_window: positions a token sees, itself included; None: all of its text.
       embedding_dropout_rate, dropout_rate, attention_dropout_rate: on the embeddings, on each residual branch, on the weights.
+      scan_layers: one loop over the layers, for which their parameters are stacked in each step. Tracing does not grow with
+        depth; and remat needs it on a CPU, where XLA merges what is made again with what was made unless a loop stands between.
+      remat: what a block's backward pass makes again instead of keeping it: "none", "full" (all inside of it) or "matmuls"
+        (all but the results of products with parameters). Chen et al. 2016, arXiv:1604.06174.
     """
 
     num_layers: int
@@ -57,16 +65,18 @@ class TransformerStack(nn.Module):
     embedding_dropout_rate: float = 0.0
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
+    scan_layers: bool = False
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     def setup(self):
         if self.positions == "learned":
             self.position_table = self.param("position_table", self.position_init, (self.max_positions, self.model_dim))
         self.embedding_dropout = Dropout(self.embedding_dropout_rate)
-        self.layers = [self._block(f"layer_{i}") for i in range(self.num_layers)]
+        self.layers = [self._block(name=f"layer_{i}") for i in range(self.num_layers)]
         self.last_norm = norm(self.norm, self.dtype)
 
-    def _block(self, name):
+    def _block(self, **options):
         attention = Attention(
             model_dim=self.model_dim,
             num_heads=self.num_heads,
@@ -86,7 +96,7 @@ class TransformerStack(nn.Module):
             dtype=self.dtype,
             parent=None,
         )
-        return Block(attention, feed_forward, self.norm, self.dropout_rate, self.dtype, name=name)
+        return Block(attention, feed_forward, self.norm, self.dropout_rate, self.dtype, **options)
 
     def initial_carry(self, batch_size: int, length: int | None):
         """An empty cache: per layer keys and values [B, slots, H, K], and which position each slot holds.
@@ -123,7 +133,41 @@ class TransformerStack(nn.Module):
         elif self.positions == "sinusoidal":
             x_BTD = x_BTD + sinusoidal(where.positions_BT, self.model_dim).astype(self.dtype)
         hidden = self.embedding_dropout(x_BTD, rows_B, train)
-        after = {"slots": slots}
-        for layer in self.layers:
-            hidden, after[layer.name] = layer(hidden, where, carry and carry[layer.name], rows_B=rows_B, train=train)
-        return self.last_norm(hidden), None if carry is None else after
+        hidden, after = self._run_layers(hidden, where, carry, rows_B, train)
+        return self.last_norm(hidden), None if carry is None else {"slots": slots, **after}
+
+    def _run_layers(self, hidden_BTD, where, carry, rows_B, train):
+        """The blocks, each a function of its own parameters and of a dropout key of its layer; and their caches."""
+        names = [layer.name for layer in self.layers]
+        if self.is_initializing():
+            for layer in self.layers:
+                hidden_BTD, _ = layer(hidden_BTD, where, None, rows_B=rows_B, train=False)
+            return hidden_BTD, {}
+        block = self._block(parent=None)
+        shown = ["intermediates"] if self.is_mutable_collection("intermediates") else []
+        key = self.make_rng("dropout") if train and self.has_rng("dropout") else None
+
+        def run(hidden_BTD, layer):
+            number, params, cache = layer
+            options = {} if key is None else {"rngs": {"dropout": jax.random.fold_in(key, number)}}
+            (hidden_BTD, cache), sown = block.apply(
+                {"params": params}, hidden_BTD, where, cache, rows_B=rows_B, train=train, mutable=shown, **options
+            )
+            return hidden_BTD, (cache, sown)
+
+        if train and self.remat != "none":
+            run = jax.checkpoint(run, policy=_KEPT[self.remat])
+        params = self.variables["params"]
+        layers = [(number, params[name], carry and carry[name]) for number, name in enumerate(names)]
+        if self.scan_layers and carry is None:  # caches would be copied for every token that is generated
+            hidden_BTD, results = jax.lax.scan(run, hidden_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
+            results = [jax.tree.map(lambda leaf: leaf[number], results) for number in range(len(layers))]
+        else:
+            results = []
+            for layer in layers:
+                hidden_BTD, result = run(hidden_BTD, layer)
+                results.append(result)
+        for name, (_, sown) in zip(names, results, strict=True):
+            if sown:
+                self.put_variable("intermediates", name, sown["intermediates"])
+        return hidden_BTD, {name: cache for name, (cache, _) in zip(names, results, strict=True)}
