@@ -1,5 +1,6 @@
 """The Transformer decoder: pre-norm blocks and their stack, whose carry is its key/value cache."""
 
+import operator
 from typing import Any
 
 import jax
@@ -9,7 +10,6 @@ from flax import linen as nn
 from lm.errors import UserError
 from lm.models.attention import Attention, empty_slots, places
 from lm.models.layers import Dropout, FeedForward, Initializer, norm, sinusoidal
-
 
 _KEPT = {"full": None, "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -160,8 +160,8 @@ class TransformerStack(nn.Module):
         params = self.variables["params"]
         layers = [(number, params[name], carry and carry[name]) for number, name in enumerate(names)]
         if self.scan_layers and carry is None:  # caches would be copied for every token that is generated
-            hidden_BTD, results = jax.lax.scan(run, hidden_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
-            results = [jax.tree.map(lambda leaf: leaf[number], results) for number in range(len(layers))]
+            hidden_BTD, stacked = jax.lax.scan(run, hidden_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
+            results = [jax.tree.map(operator.itemgetter(number), stacked) for number in range(len(layers))]
         else:
             results = []
             for layer in layers:
