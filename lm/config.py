@@ -300,6 +300,11 @@ class Config(Section):
     seed: int = setting(0, "seed of parameters, dropout and the order of windows", at_least=0, below=2**32)
     parallelism: str = setting("pmap", "how work is spread over devices", choices=("pmap",), resumable=True)
     num_devices: int | None = setting(None, "devices to use; None: all that JAX sees", at_least=1, resumable=True)
+    dropout_generator: str = setting(
+        "threefry",
+        "random bits of dropout: the same on any number of devices, or rbg's, which accelerators make faster and a CPU slower",
+        choices=("threefry", "rbg"),
+    )
     compute_dtype: str = setting(
         "float32", "precision of activations and matmuls; parameters and loss stay float32", choices=("float32", "bfloat16")
     )

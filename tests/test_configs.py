@@ -104,6 +104,7 @@ RUNS = {
         training__checkpoint_every_steps=1,
         training__num_micro_batches=2,
         seed=3,
+        dropout_generator="rbg",
         num_devices=1,
         parallelism="pmap",
     ),

@@ -152,7 +152,7 @@ def train_everywhere(architecture, found):
     from lm.models.build import build, initialise
     from lm.objectives import causal_language_model, reset_rows
     from lm.training import optimizer as optimizers
-    from lm.training.step import initial_state, train_step
+    from lm.training.step import dropout_key, initial_state, train_step
 
     draft = Config()
     draft.model.architecture, draft.model.num_layers, draft.model.hidden_dim, draft.data.batch_size = architecture, 1, 8, B
@@ -179,7 +179,7 @@ def train_everywhere(architecture, found):
             optimizer=optimizer,
             settings=config.optimizer,
             total=placement.total,
-            seed=config.seed,
+            dropout_key=dropout_key(config),
             num_micro_batches=num_micro_batches,
         )
         return placement, placement.compile(step, donate=(0, 1))

@@ -12,7 +12,7 @@ from lm.data.batches import Batch
 from lm.models.build import build, initialise
 from lm.objectives import causal_language_model
 from lm.training import optimizer as optimizers
-from lm.training.step import initial_state, train_step
+from lm.training.step import dropout_key, initial_state, train_step
 
 
 def trained(config, vocab_size, batches):
@@ -25,7 +25,7 @@ def trained(config, vocab_size, batches):
         optimizer=optimizer,
         settings=config.optimizer,
         total=lambda tree: tree,
-        seed=config.seed,
+        dropout_key=dropout_key(config),
     )
 
     def one(state, batch):

@@ -14,7 +14,7 @@ from lm.models.build import build, initialise
 from lm.objectives import causal_language_model
 from lm.parallel import Placement
 from lm.training import optimizer as optimizers
-from lm.training.step import initial_state, train_step
+from lm.training.step import dropout_key, initial_state, train_step
 from lm.training.train import compile_step
 
 B, T, V = 4, 5, 11
@@ -44,7 +44,7 @@ def compiled_step(config, objective):
         optimizer=optimizer,
         settings=config.optimizer,
         total=lambda tree: tree,
-        seed=config.seed,
+        dropout_key=dropout_key(config),
         num_micro_batches=config.training.num_micro_batches,
     )
     return optimizer, jax.jit(step)
@@ -160,8 +160,12 @@ def test_dropout_differs_from_step_to_step_and_is_a_function_of_seed_and_step(ls
     jax.tree.map(np.testing.assert_array_equal, first, again)
     later = step(state.replace(step=state.step + 1), carry, batch)[0]
     assert first.log_sums["loss"] != later.log_sums["loss"]
-    _, _, other_seed = lstm(**EVERY_DROPOUT, seed=1)
-    assert other_seed(state, carry, batch)[0].log_sums["loss"] != first.log_sums["loss"]
+    losses = [first.log_sums["loss"]]
+    for fields in (dict(seed=1), dict(dropout_generator="rbg"), dict(dropout_generator="rbg", seed=1)):
+        _, _, other = lstm(**EVERY_DROPOUT, **fields)
+        losses.append(other(state, carry, batch)[0].log_sums["loss"])
+        assert other(state, carry, batch)[0].log_sums["loss"] == losses[-1]
+    assert len(set(map(float, losses))) == 4
 
 
 def test_clipping_to_a_norm_counts_and_limits_the_update(bigram, batch):

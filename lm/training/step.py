@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from lm.config import OptimizerConfig
+from lm.config import Config, OptimizerConfig
 from lm.objectives import Objective, reset_rows
 from lm.parallel import join_rows, split_rows
 from lm.training.optimizer import is_clipped
@@ -54,6 +54,16 @@ def initial_state(params, optimizer: optax.GradientTransformation) -> TrainState
     )
 
 
+def dropout_key(config: Config) -> Array:
+    """The key that every dropout mask of a run goes back to.
+
+    threefry makes a mask from the step, the place in the model and the global row alone. The generator of XLA, "rbg", makes
+    all rows of a device from the key of its first: its masks depend on how many rows a device has, and so on the devices.
+    """
+    implementation = {"threefry": "threefry2x32", "rbg": "rbg"}[config.dropout_generator]
+    return jax.random.fold_in(jax.random.key(config.seed, impl=implementation), 1)
+
+
 def train_step(
     state: TrainState,
     carry,
@@ -63,7 +73,7 @@ def train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     settings: OptimizerConfig,
     total: Callable,
-    seed: int,
+    dropout_key: Array,
     num_micro_batches: int = 1,
 ) -> tuple[TrainState, Any]:
     """One update.
@@ -78,10 +88,10 @@ def train_step(
       objective: what is learnt.
       optimizer: as lm.training.optimizer builds it; `settings` is what it was built from.
       total: sum over devices.
-      seed: of dropout.
+      dropout_key: of the run; see `dropout_key`.
       num_micro_batches: parts the local rows are cut into, one after the other; the gradients are the same.
     """
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)
+    key = jax.random.fold_in(dropout_key, state.step)
     carry = reset_rows(carry, batch.reset_B)
     gradients_of = jax.grad(functools.partial(_objective_and_sums, objective, key), has_aux=True)
 

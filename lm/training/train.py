@@ -27,7 +27,7 @@ from lm.training import optimizer as optimizers
 from lm.training.loop import run_loop
 from lm.training.metrics import MetricsLog
 from lm.training.progress import Progress
-from lm.training.step import TrainState, initial_state, train_step
+from lm.training.step import TrainState, dropout_key, initial_state, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +207,7 @@ def compile_step(config: Config, model: LanguageModel, optimizer, placement: Pla
         optimizer=optimizer,
         settings=config.optimizer,
         total=placement.total,
-        seed=config.seed,
+        dropout_key=dropout_key(config),
         num_micro_batches=config.training.num_micro_batches,
     )
     return placement.compile(step, donate=(0, 1))
