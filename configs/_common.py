@@ -27,7 +27,11 @@ def finish(config: Config, argument: str) -> Config:
         model.num_params = 30_000
     else:
         model.hidden_dim = 16
+    if model.num_heads:
+        model.num_heads = 2
     data.batch_size, data.seq_len = 8, 16
+    if data.vocab_size:
+        data.vocab_size = min(data.vocab_size, 1000)
     if model.attention_window:
         model.attention_window = 16
     training.num_steps, training.log_every_steps, training.evaluate_every_steps = 2, 1, 1

@@ -21,6 +21,12 @@ flags.DEFINE_string(
 )
 flags.DEFINE_enum("mode", "train", ["train", "evaluate", "generate"], "what is measured")
 flags.DEFINE_enum("against", None, ["torch"], "also run the same in this library, in turns (extra: peers)")
+flags.DEFINE_integer(
+    "vocab_size",
+    None,
+    "of the model, where that is to be larger than the text's (what is beyond never occurs)",
+    lower_bound=1,
+)
 flags.DEFINE_integer("steps", None, "units of a round: steps, batches or texts; by default what fills two seconds", lower_bound=1)
 flags.DEFINE_integer("rounds", 5, "rounds to measure", lower_bound=1)
 flags.DEFINE_integer("num_samples", 1, "with --mode=generate: texts side by side", lower_bound=1)
@@ -37,16 +43,14 @@ def main(overrides):
         raise UserError(f"--config is missing: give one of {', '.join(command.known_configs())}, or a file of your own")
     draft = command.load_config(FLAGS.config, overrides)
     from lm.benchmark.benchmark import benchmark
-    from lm.benchmark.workloads import Generation
+    from lm.benchmark.workloads import Generation, Task
 
     with command.ProgressBar(FLAGS.rounds, " rounds") as bar:
         result = benchmark(
-            draft,
-            FLAGS.mode,
+            Task(draft, FLAGS.mode, Generation(FLAGS.num_samples, FLAGS.num_tokens), FLAGS.vocab_size),
             FLAGS.against,
             FLAGS.steps,
             FLAGS.rounds,
-            Generation(FLAGS.num_samples, FLAGS.num_tokens),
             FLAGS.allocator,
             FLAGS.compile_peer,
             pathlib.Path(FLAGS.profile) if FLAGS.profile else None,

@@ -16,7 +16,7 @@ from lm.benchmark import benchmark as benchmarks, torch_peer
 from lm.benchmark.benchmark import benchmark
 from lm.benchmark.flops import TRAINING, forward_flops_per_token
 from lm.benchmark.workers import Worker
-from lm.benchmark.workloads import Generation, workload
+from lm.benchmark.workloads import Generation, Task, workload
 from lm.config import resolve
 from lm.data.batches import batches
 from lm.errors import UserError
@@ -231,13 +231,26 @@ def test_a_peer_with_another_first_loss_is_refused():
 )
 def test_what_cannot_be_measured_is_refused_in_one_sentence(architecture, fields, parts):
     with refused(*parts):
-        benchmark(draft_of(architecture, **fields), against=None if "num_devices" in fields else "torch")
+        benchmark(Task(draft_of(architecture, **fields)), against=None if "num_devices" in fields else "torch")
 
 
 def test_a_missing_torch_is_said_with_the_extra_that_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with refused("PyTorch", "install the extra: pip install -e '.[peers]'"):
-        benchmark(draft_of("lstm"), against="torch")
+        benchmark(Task(draft_of("lstm")), against="torch")
+
+
+def test_a_vocabulary_beyond_the_texts_makes_the_model_larger_and_nothing_else(tmp_path):
+    text = write_corpus(tmp_path / "corpus")
+    plain, wide = (Task(draft(text, "lstm"), vocab_size=size).prepare() for size in (None, 5000))
+    size = plain.facts["vocab_size"]
+    assert wide.facts["vocab_size"] == 5000 > size
+    np.testing.assert_array_equal(wide.train.tokens, plain.train.tokens)
+    width = plain.config.model.hidden_dim
+    assert wide.facts["num_params"] - plain.facts["num_params"] == (5000 - size) * (width + 1)  # the tied table, and biases
+    assert initialise(wide.model, 0)["embedding"]["table"].shape == (5000, width)
+    with refused("--vocab_size=3 is smaller than the vocabulary of the text"):
+        Task(draft(text, "lstm"), vocab_size=3).prepare()
 
 
 CONFIG = """

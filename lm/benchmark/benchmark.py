@@ -17,15 +17,14 @@ from lm.benchmark import torch_peer
 from lm.benchmark.flops import TRAINING, forward_flops_per_token
 from lm.benchmark.machine import SquareMatmul, host_peak_bytes, spread
 from lm.benchmark.workers import Worker
-from lm.benchmark.workloads import Generation, workload
-from lm.config import Config, resolve, to_json
+from lm.benchmark.workloads import Task, workload
+from lm.config import resolve, to_json
 from lm.data.batches import batches
 from lm.errors import UserError
 from lm.models.build import initialise
 from lm.parallel import device_summary, keep_freed_memory, peak_bytes, place, start
 from lm.runs.folder import environment
 from lm.training import optimizer as optimizers
-from lm.training.train import prepare
 
 ALLOCATORS = ("tuned", "system")
 _WARM_UP = 5  # units after the first that are done before anything is measured
@@ -35,12 +34,10 @@ _LEARNING_RATES = 10_000  # of the first steps, for a peer; after them it begins
 
 
 def benchmark(
-    draft: Config,
-    mode: str = "train",
+    task: Task,
     against: str | None = None,
     steps: int | None = None,
     rounds: int = 5,
-    generation: Generation | None = None,
     allocator: str = "tuned",
     compile_peer: bool = True,
     profile: pathlib.Path | None = None,
@@ -49,11 +46,10 @@ def benchmark(
     """Measures for some rounds.
 
     Args:
-      mode: "train" for training steps, "evaluate" for scoring of the same batches, "generate" for sampling.
+      task: what is measured.
       against: "torch" or None. Its rounds and ours take turns, and which goes first changes. On a CPU where our allocator is
         tuned it runs twice: as its users start it, and with the same allocator.
       steps: units of a round (training steps, scored batches, generated texts); None: as many of ours as fill two seconds.
-      generation: for mode "generate"; None: one row of 256 tokens.
       allocator: one of ALLOCATORS; see `lm.parallel.start`.
       compile_peer: let the peer try torch.compile, and keep what is faster.
       profile: folder for a trace of a few units, which TensorBoard and Perfetto open.
@@ -67,22 +63,21 @@ def benchmark(
         first loss is another one; a loss that is not finite.
     """
     load_average = os.getloadavg()
-    config = resolve(draft)
+    config = resolve(task.draft)
     if config.model.architecture == "ngram":
         raise UserError("config.model.architecture is 'ngram', which is counted in one pass and has nothing to measure here")
     if against == "torch":
-        torch_peer.check(draft, config, mode)
-    generation = generation or Generation()
+        torch_peer.check(task.draft, config, task.mode)
     with tempfile.TemporaryDirectory() as name:
         scratch = pathlib.Path(name)
-        ours = functools.partial(Worker, OurSide, draft, mode, generation, allocator, scratch)
+        ours = functools.partial(Worker, OurSide, task, allocator, scratch)
         with contextlib.ExitStack() as stack:
             measured = _measure(stack, ours, against, steps, rounds, compile_peer, profile, scratch, on_round)
         with ours() as again:
             measured["warm_first_step_seconds"] = again.call("first_unit")["seconds"]
-    generated = {"generation": dataclasses.asdict(generation)} if mode == "generate" else {}
+    generated = {"generation": dataclasses.asdict(task.generation)} if task.mode == "generate" else {}
     measured["environment"] = {**environment(), **measured["environment"]}
-    return {"mode": mode, **generated, **measured, "load_average": load_average}  # the load before we began
+    return {"mode": task.mode, **generated, **measured, "load_average": load_average}  # the load before we began
 
 
 def _measure(stack, start_ours, against, steps, rounds, compile_peer, profile, scratch, on_round):
@@ -168,16 +163,16 @@ def _check_same(ours: float, theirs: float, name: str) -> None:
 class OurSide:
     """Ours, in its process."""
 
-    def __init__(self, draft: Config, mode: str, generation: Generation, allocator: str, scratch: pathlib.Path):
+    def __init__(self, task: Task, allocator: str, scratch: pathlib.Path):
         """Prepares the experiment; nothing is compiled yet. What is compiled later is kept in `scratch` for a second start."""
         start(allocator, compile_cache=scratch / "compiled")
-        self._draft, self._mode, self._generation, self._allocator = draft, mode, generation, allocator
-        config = resolve(draft)
+        self._task, self._allocator = task, allocator
+        config = resolve(task.draft)
         self._placement = place(config)
         self._placement.check_rows(config.data.batch_size, config.training.num_micro_batches)
-        self._experiment = prepare(draft)
+        self._experiment = task.prepare()
         self._before = host_peak_bytes()
-        self._workload = workload(mode, self._experiment, self._placement, generation)
+        self._workload = workload(task.mode, self._experiment, self._placement, task.generation)
         self._matmul: SquareMatmul | None = None
 
     def first_unit(self) -> dict[str, float]:
@@ -202,8 +197,8 @@ class OurSide:
 
     def facts(self) -> dict[str, Any]:
         """What was measured on what."""
-        config, vocab_size = self._experiment.config, self._experiment.tokenizer.vocab_size
-        length = self._generation.num_tokens if self._mode == "generate" else None
+        config, vocab_size = self._experiment.config, self._experiment.facts["vocab_size"]
+        length = self._task.generation.num_tokens if self._task.mode == "generate" else None
         forward = forward_flops_per_token(config, vocab_size, length)
         return {
             "model": config.model.architecture,
@@ -213,7 +208,7 @@ class OurSide:
             "batch_size": config.data.batch_size,
             "seq_len": config.data.seq_len,
             "tokens_per_step": self._workload.tokens_per_unit,
-            "flops_per_token": forward * TRAINING if self._mode == "train" else forward,
+            "flops_per_token": forward * TRAINING if self._task.mode == "train" else forward,
             "matmul": {"size": self._square().size, "dtype": config.compute_dtype},
             "allocator": self._allocator,
             "resolved": to_json(config),
@@ -236,7 +231,7 @@ class OurSide:
         steps_per_epoch = batches(config, self._experiment.train).steps_per_epoch
         schedule = optimizers.build(config, steps_per_epoch)[1]
         learning_rates = np.asarray(schedule(np.arange(_LEARNING_RATES)))
-        return self._draft, self._mode, self._generation, scratch / "params.npz", learning_rates
+        return self._task, scratch / "params.npz", learning_rates
 
     def profile(self, folder: pathlib.Path) -> None:
         """Writes a trace of three units."""
@@ -251,18 +246,18 @@ class OurSide:
 class TorchSide:
     """PyTorch, in its process."""
 
-    def __init__(self, draft, mode, generation, params, learning_rates, allocator, compile_it, platform):
+    def __init__(self, task, params, learning_rates, allocator, compile_it, platform):
         """Reads what ours exported and builds the model; see `OurSide.export` and `benchmark`."""
         if allocator == "tuned":
             keep_freed_memory()
-        experiment = prepare(draft)
+        experiment = task.prepare()
         self._before = host_peak_bytes()
-        config, vocab_size = experiment.config, experiment.tokenizer.vocab_size
+        config, vocab_size = experiment.config, experiment.facts["vocab_size"]
         with np.load(params) as arrays:
             params = traverse_util.unflatten_dict(dict(arrays), sep="/")
         source = batches(config, experiment.train)
         device = {"cpu": "cpu", "gpu": "cuda"}[platform]
-        self._peer = torch_peer.peer(mode, config, vocab_size, params, source, learning_rates, generation, device)
+        self._peer = torch_peer.peer(task.mode, config, vocab_size, params, source, learning_rates, task.generation, device)
         self._compile_it = compile_it
 
     def first_unit(self) -> dict[str, Any]:

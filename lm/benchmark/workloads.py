@@ -10,15 +10,16 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from lm.config import Config, resolve
 from lm.data.batches import batches, prefetch
 from lm.errors import UserError
 from lm.evaluation.generate import Sampling, sample_tokens
 from lm.evaluation.scorers import neural_scorer, score_ahead
-from lm.models.build import initialise
+from lm.models.build import build, count_params, initialise, solve_widths
 from lm.parallel import Placement
 from lm.training import optimizer as optimizers
 from lm.training.step import initial_state
-from lm.training.train import Experiment, compile_step
+from lm.training.train import Experiment, compile_step, prepare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,43 @@ class Generation:
 
     num_samples: int = 1
     num_tokens: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is measured.
+
+    Attributes:
+      draft: the config.
+      mode: "train" for training steps, "evaluate" for scoring of the same batches, "generate" for sampling.
+      generation: for mode "generate".
+      vocab_size: of the model, where that is to be larger than the text's: tokens beyond the text's never occur, and cost a
+        model what others cost.
+    """
+
+    draft: Config
+    mode: str = "train"
+    generation: Generation = Generation()
+    vocab_size: int | None = None
+
+    def prepare(self) -> Experiment:
+        """The experiment, its facts and model with the vocabulary that was asked for.
+
+        Raises:
+          UserError: whatever is wrong with config or text; a vocabulary smaller than the text's.
+        """
+        experiment = prepare(self.draft)
+        if self.vocab_size is None:
+            return experiment
+        if self.vocab_size < experiment.tokenizer.vocab_size:
+            raise UserError(
+                f"--vocab_size={self.vocab_size} is smaller than the vocabulary of the text, {experiment.tokenizer.vocab_size}; "
+                "make that smaller by config.data.vocab_size or config.data.tokenizer=byte"
+            )
+        config = solve_widths(resolve(self.draft), self.vocab_size)
+        facts = {"vocab_size": self.vocab_size, "num_params": count_params(config, self.vocab_size)}
+        model = build(config, self.vocab_size)
+        return dataclasses.replace(experiment, config=config, model=model, facts={**experiment.facts, **facts})
 
 
 class Workload(Protocol):
