@@ -1,0 +1,152 @@
+"""The page of a folder of measurements: tables of speed beside a peer, and curves; made of the JSON files alone."""
+
+import itertools
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm.errors import UserError
+from lm.files import write_atomically
+
+Result = Mapping[str, Any]  # what `benchmark` returned, with the `measurement` that asked for it
+
+_COLORS = {"rnn": "#0072B2", "gru": "#D55E00", "lstm": "#009E73", "transformer": "#CC79A7"}
+_TITLES = {"train": "Training", "evaluate": "Evaluation", "generate": "Generation"}
+_AXES = {
+    "sequence length": "sequence length (tokens; 8,192 tokens a step)",
+    "batch size": "batch size (rows of 128 tokens)",
+    "width": "width (8 × 128 tokens a step)",
+    "vocabulary": "vocabulary (8 × 128 tokens a step)",
+    "emulated devices": "emulated devices (8 × 128 tokens a step)",
+}
+
+
+def read_results(folder: pathlib.Path) -> list[Result]:
+    """All measurements of a folder, in the order of their suite.
+
+    Raises:
+      UserError: a file that is no measurement.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            found.append((result["measurement"]["number"], result))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not a result of launch.suite; move it elsewhere") from None
+    return [result for _, result in sorted(found, key=lambda pair: pair[0])]
+
+
+def write_page(folder: pathlib.Path, heading: str) -> pathlib.Path:
+    """Writes README.md and the plots beside the folder's results; returns the page's path."""
+    results = read_results(folder)
+    lines = [f"# {heading}", ""]
+    rows = [result for result in results if result["measurement"]["axis"] is None]
+    for mode, title in _TITLES.items():
+        chosen = [result for result in rows if result["mode"] == mode]
+        if chosen:
+            lines += [f"## {title}", "", *table(chosen), ""]
+    points = [result for result in results if result["measurement"]["axis"] is not None]
+    for axis, group in itertools.groupby(points, key=lambda result: result["measurement"]["axis"]):
+        name = f"{axis.replace(' ', '_')}.png"
+        curves(list(group), axis).savefig(folder / name, dpi=120)
+        lines += [f"## By {axis}", "", f"![Tokens per second and peak memory by {axis}]({name})", ""]
+    lines += provenance(results)
+    path = folder / "README.md"
+    write_atomically(path, "\n".join(lines) + "\n")
+    return path
+
+
+def table(results: Sequence[Result]) -> list[str]:
+    """Markdown: ours beside the peer, as it starts and with our allocator; memory; share of the matmul peak."""
+    columns = "", "tokens/s", "torch", "ratio", "asked for", "torch, our allocator", "ratio", "memory, torch's", "of matmul peak"
+    lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
+    for result in results:
+        name = result["measurement"]["name"].partition(": ")[2]
+        peers = (result["against"] or {"allocators": {}})["allocators"]
+        plain, tuned = peers.get("system"), peers.get("tuned")
+        floor = result["measurement"]["floor"]
+        cells = [
+            name,
+            f"{result['tokens_per_second']['median']:,.0f}",
+            _peer_speed(plain),
+            f"**{plain['ratio']['median']:.2f}**" if plain else "",
+            f"{floor:.2f}" if floor else "",
+            _peer_speed(tuned),
+            f"{tuned['ratio']['median']:.2f}" if tuned else "",
+            ", ".join(f"{_memory(side['memory']):,.0f} MiB" for side in (result, plain) if side),
+            f"{result['share_of_matmul_peak']:.0%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _peer_speed(peer):
+    return f"{peer['tokens_per_second']['median']:,.0f}{' (compiled)' if peer['compiled'] else ''}" if peer else ""
+
+
+def _memory(memory):
+    return (memory.get("device_peak_bytes") or memory["host_peak_bytes"]) / 2**20
+
+
+def curves(results: Sequence[Result], axis: str):
+    """Tokens per second and peak memory against one thing that is varied, a line for each architecture.
+
+    Returns:
+      A matplotlib Figure.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    values = sorted({result["measurement"]["value"] for result in results})
+    for name, color in _COLORS.items():
+        points = sorted(
+            (result for result in results if result["model"] == name), key=lambda result: result["measurement"]["value"]
+        )
+        if points:
+            x = [result["measurement"]["value"] for result in points]
+            look = dict(label=name, color=color, linewidth=2, marker="o", markersize=4)
+            speed.plot(x, [result["tokens_per_second"]["median"] for result in points], **look)
+            memory.plot(x, [_memory(result["memory"]) for result in points], **look)
+    for axes, label in ((speed, "training (tokens per second)"), (memory, "peak memory of the process (MiB)")):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(values))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(_plain_minor))
+        axes.tick_params(axis="x", labelrotation=30)
+        axes.set_xlabel(_AXES.get(axis, axis))
+        axes.set_ylabel(label)
+        axes.grid(True, color="#D9D9D9", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = speed.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _plain_minor(value, _):
+    return f"{value:,.0f}" if round(value / 10 ** math.floor(math.log10(value))) in (2, 5) else ""
+
+
+def provenance(results: Sequence[Result]) -> list[str]:
+    """When, where and with what versions the results came about, as lines of a page."""
+    lines = ["## How it was measured", ""]
+    seen: dict[str, list[str]] = {}
+    for result in results:
+        where = result["environment"]
+        peer = next(iter((result["against"] or {"allocators": {}})["allocators"].values()), None)
+        versions = f"Python {where['python']}, JAX {where['jax']}{', PyTorch ' + peer['torch'] if peer else ''}"
+        seen.setdefault(f"{where['hardware']}; {versions}", []).append(where["date"])
+    lines += [f"- {where}; {min(dates)} to {max(dates)}" for where, dates in seen.items()]
+    return [
+        *lines,
+        "- Each side runs in a process of its own, and the rounds take turns; figures are medians over the rounds. The JSON",
+        "  files here hold every round, the resolved config, and the load of the machine before.",
+        "- Torch runs eager or compiled, whichever was faster. Memory is the process's peak, libraries and compiler included.",
+    ]

@@ -1,0 +1,129 @@
+"""launch.suite: its measurements are real ones, what is there is not measured again, and the page says what the files say."""
+
+import json
+import pathlib
+
+import pytest
+from absl import flags
+from helpers import ROOT, call_verbs, refused
+
+from configs.benchmark._suites import ARCHITECTURES, SUITES
+from launch.command import load_config
+from lm.benchmark import page
+from lm.config import resolve
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_measurement_of_a_suite_is_one_of_its_own(suite, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    measurements = SUITES[suite]()
+    assert len({measurement.name for measurement in measurements}) == len(measurements)
+    for measurement in measurements:
+        config = resolve(load_config(measurement.config, list(measurement.overrides)))
+        assert (
+            config.model.architecture in measurement.name.lower()
+            or measurement.name.endswith(tuple(ARCHITECTURES))
+            or "GPT" in (measurement.name)
+        )
+        if measurement.axis == "sequence length":
+            assert config.data.seq_len == measurement.value and config.data.seq_len * config.data.batch_size == 8192
+
+
+def result(number, name, model, speed, against=None, floor=None, mode="train", axis=None, value=None):
+    """As much of a measurement's file as the page reads."""
+    memory = {"host_peak_bytes": (500 + number) * 2**20, "host_peak_bytes_before": 1, "device_peak_bytes": None}
+    where = {"hardware": "Abacus, 2 cores", "python": "3.11", "jax": "0.10", "date": f"2026-01-0{number + 1}"}
+    return {
+        "measurement": {"number": number, "name": f"{mode}: {name}", "floor": floor, "axis": axis, "value": value},
+        "mode": mode,
+        "model": model,
+        "tokens_per_second": {"median": speed},
+        "share_of_matmul_peak": 0.42,
+        "memory": memory,
+        "environment": where,
+        "against": against,
+    }
+
+
+def peer(speed, ratio, compiled=False):
+    memory = {"host_peak_bytes": 700 * 2**20, "host_peak_bytes_before": 1}
+    return {
+        "torch": "2.13",
+        "tokens_per_second": {"median": speed},
+        "ratio": {"median": ratio},
+        "compiled": compiled,
+        "memory": memory,
+    }
+
+
+def write(folder, results):
+    for found in results:
+        name = f"{found['measurement']['number']}.json"
+        (folder / name).write_text(json.dumps(found))
+
+
+def test_the_page_says_what_the_files_say(tmp_path):
+    both = {"name": "torch", "allocators": {"system": peer(8000, 1.5), "tuned": peer(10_000, 1.2, compiled=True)}}
+    results = [
+        result(1, "RNN", "rnn", 12_345, None, mode="evaluate"),
+        result(0, "LSTM 2 × 200", "lstm", 12_000, both, 1.8),
+        *(
+            result(2 + i, "x", model, 100 * i + 50, axis="batch size", value=2**i)
+            for i, model in enumerate(("lstm", "transformer"))
+        ),
+    ]
+    write(tmp_path, results)
+    text = page.write_page(tmp_path, "Speed").read_text()
+    assert text.startswith("# Speed\n\n## Training\n")
+    row = "| LSTM 2 × 200 | 12,000 | 8,000 | **1.50** | 1.80 | 10,000 (compiled) | 1.20 | 500 MiB, 700 MiB | 42% |"
+    assert row in text.splitlines()
+    assert "| RNN | 12,345 |  |  |  |  |  | 501 MiB | 42% |" in text.splitlines()
+    assert text.index("## Training") < text.index("## Evaluation") < text.index("## By batch size")
+    assert "![Tokens per second and peak memory by batch size](batch_size.png)" in text
+    assert (tmp_path / "batch_size.png").stat().st_size > 1000
+    assert "- Abacus, 2 cores; Python 3.11, JAX 0.10, PyTorch 2.13; 2026-01-01 to 2026-01-01" in text.splitlines()
+
+
+def test_curves_draw_each_architecture_over_what_is_varied():
+    results = [
+        result(0, "x", model, 10 * value, axis="width", value=value) for model in ("gru", "transformer") for value in (8, 2)
+    ]
+    figure = page.curves(results, "width")
+    speed, memory = figure.axes
+    assert [line.get_label() for line in speed.lines] == ["gru", "transformer"]
+    for line in speed.lines:
+        assert list(line.get_xdata()) == [2, 8] and list(line.get_ydata()) == [20, 80]
+    assert speed.get_ylabel() == "training (tokens per second)" and "MiB" in memory.get_ylabel()
+
+
+def test_a_file_that_is_no_measurement_is_named(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    with refused("other.json is not a result of launch.suite"):
+        page.read_results(tmp_path)
+
+
+def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch, capsys):
+    from launch import suite
+
+    measured = []
+
+    def measure(measurement):
+        measured.append(measurement.name)
+        return {key: value for key, value in result(0, "", "lstm", 5.0).items() if key != "measurement"}
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(suite, "measure", measure)
+    for arguments in (["--only=width 64: "], ["--only=width 64: "], ["--only=width", "--seconds=1"]):
+        flags.FLAGS(["suite", "--suite=curves", f"--folder={tmp_path}", "--seconds=1000", *arguments])
+        suite.main([])
+    assert measured[:4] == [f"width 64: {name}" for name in ARCHITECTURES]
+    assert len(measured) == len(set(measured)) == 20
+    assert len(list(tmp_path.glob("*.json"))) == 20 and (tmp_path / "width.png").exists()
+
+
+def test_a_suite_without_a_folder_or_with_an_unknown_name_is_refused(tmp_path):
+    calls = [["launch.suite"], ["launch.suite", "--suite=curves", f"--folder={tmp_path / 'x'}", "--only=nothing"]]
+    nothing, unknown = call_verbs(calls, tmp_path)
+    assert nothing.code == 1 and "give --suite (cpu, gpu or curves) and --folder" in nothing.err
+    assert unknown.code == 1 and "--only=nothing is in no name of the curves suite" in unknown.err
+    assert not list(pathlib.Path(tmp_path / "x").glob("*"))
