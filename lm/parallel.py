@@ -36,6 +36,12 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_threshold, 1 << 30)) and bool(mallopt(trim_threshold, largest))
 
 
+def give_back_freed_memory() -> None:
+    """Tells glibc to return to the kernel what is free, wherever in the heap it lies; elsewhere does nothing."""
+    if sys.platform.startswith("linux"):
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
+
+
 def start(allocator: str = "tuned", compile_cache: pathlib.Path | None = None) -> None:
     """Starts JAX's backend; on a CPU with allocator "tuned", glibc's thresholds are set first.
 
@@ -72,6 +78,36 @@ def _processor_sha256() -> str:
         lines = []
     features = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
     return hashlib.sha256("\n".join([platform.machine(), *sorted(features)]).encode()).hexdigest()
+
+
+class _Compiled:
+    """A function that is compiled when it first meets arguments of some shapes, and what the compiler leaves is given back.
+
+    LLVM takes hundreds of MiB for a training step. In a jitted function's first call they would still be there when the
+    step's own buffers come on top.
+    """
+
+    def __init__(self, jitted: Callable):
+        self._jitted, self._programs = jitted, {}
+        self._last: Callable | None = None
+
+    def __call__(self, *args):
+        if self._last is not None:
+            try:
+                return self._last(*args)
+            except TypeError:  # how a program refuses arguments of other shapes, before it has touched them
+                pass
+        leaves, structure = jax.tree.flatten(args)
+        shapes = structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        if shapes not in self._programs:
+            self._programs[shapes] = self._jitted.lower(*args).compile()
+            give_back_freed_memory()
+        self._last = self._programs[shapes]
+        return self._last(*args)
+
+    def lower(self, *args):
+        """As of a jitted function."""
+        return self._jitted.lower(*args)
 
 
 class Placement:
@@ -123,8 +159,8 @@ class Placement:
           donate: positions of arguments whose buffers may be reused.
         """
         if self.num_devices == 1:
-            return jax.jit(function, donate_argnums=donate)
-        return jax.pmap(function, axis_name=_AXIS, devices=self.devices, donate_argnums=donate)
+            return _Compiled(jax.jit(function, donate_argnums=donate))
+        return _Compiled(jax.pmap(function, axis_name=_AXIS, devices=self.devices, donate_argnums=donate))
 
     def put_state(self, tree):
         """A global tree, replicated."""

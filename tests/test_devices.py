@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -121,6 +122,25 @@ def test_one_device_checks_micro_batches_too():
     with pytest.raises(UserError, match=r"batch_size is 7, which 1 devices × 3 micro-batches do not divide; 6 would work"):
         placement.check_rows(7, 3)
     assert device_summary(placement)["platform"] == "cpu" and device_summary(placement)["num_devices"] == 1
+
+
+def test_a_compiled_function_is_compiled_once_for_each_shape():
+    """In whatever order the shapes come; arguments whose shape is another than the last are still there to be reused."""
+    traced = []
+
+    def step(state, row):
+        traced.append(jnp.shape(row))
+        return {"total": state["total"] + row.sum()}
+
+    compiled = Placement(1).compile(step, donate=(0,))
+    state, total = {"total": jnp.zeros(())}, 0.0
+    for length in (3, 3, 5, 3, 5, 5, 3):
+        state = compiled(state, np.ones(length, np.float32))
+        total += length
+        assert float(state["total"]) == total
+    assert traced == [(3,), (5,)]
+    with pytest.raises(TypeError, match="unsupported operand"):
+        Placement(1).compile(lambda x: x + None)(jnp.zeros(()))
 
 
 def test_splitting_rows_keeps_their_order():

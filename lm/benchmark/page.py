@@ -131,7 +131,7 @@ def curves(results: Sequence[Result], axis: str):
 
 
 def _plain_minor(value, _):
-    return f"{value:,.0f}" if round(value / 10 ** math.floor(math.log10(value))) in (2, 5) else ""
+    return f"{value:,.0f}" if round(value / 10 ** math.floor(math.log10(value))) in (2, 3, 5, 7) else ""
 
 
 def provenance(results: Sequence[Result]) -> list[str]:
