@@ -230,8 +230,8 @@ class Attention(nn.Module):
         if cache is not None:
             after = tuple(put(old, where.slots_BT, new) for old, new in zip(cache, (k, v), strict=True))
             keys, values = (jnp.concatenate([old.astype(new.dtype), new], axis=1) for old, new in zip(cache, (k, v), strict=True))
-        weights_asked_for = self.is_mutable_collection("intermediates") or (train and self.dropout_rate)
-        if where.visible_BTS is None and not weights_asked_for:
+        needs_weights = self.is_mutable_collection("intermediates") or (train and self.dropout_rate)
+        if where.visible_BTS is None and not needs_weights:
             mixed = attend_causally(q, keys, values, where.window)
         else:
             visible_BTS = where.visible_BTS
