@@ -24,16 +24,18 @@ def keep_freed_memory() -> bool:
     """Tells glibc to keep big freed buffers instead of returning them to the kernel; True if it took the settings.
 
     XLA's CPU client allocates a step's buffers anew each step. By default glibc maps and unmaps the big ones, and the page
-    faults cost a small model about half of its time (`python -m launch.benchmark --allocator=system` shows it).
+    faults cost a small model about half of its time (`python -m launch.benchmark --allocator=system` shows it). All threads
+    allocate from one arena: the others would unmap a heap as soon as it is empty, whatever the threshold.
     """
     if not sys.platform.startswith("linux"):
         return False
-    trim_threshold, mmap_threshold, largest = -1, -3, (1 << 31) - 1
+    trim_threshold, mmap_threshold, arena_max, largest = -1, -3, -8, (1 << 31) - 1
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
         return False  # not glibc
-    return bool(mallopt(mmap_threshold, 1 << 30)) and bool(mallopt(trim_threshold, largest))
+    settings = {mmap_threshold: 1 << 30, trim_threshold: largest, arena_max: 1}
+    return all([mallopt(parameter, value) for parameter, value in settings.items()])
 
 
 def give_back_freed_memory() -> None:
