@@ -35,7 +35,7 @@ def keep_freed_memory() -> bool:
     except AttributeError:
         return False  # not glibc
     settings = {mmap_threshold: 1 << 30, trim_threshold: largest, arena_max: 1}
-    return all([mallopt(parameter, value) for parameter, value in settings.items()])
+    return all(mallopt(parameter, value) for parameter, value in settings.items())
 
 
 def give_back_freed_memory() -> None:
