@@ -37,13 +37,13 @@ def main(overrides):
             )
         folders = {name: pathlib.Path(path) for name, path in _named(FLAGS.workdirs, "--workdirs").items()}
     from launch import console
-    from lm import parallel
+    from lm import backend
     from lm.evaluation.evaluate import evaluate_run
     from lm.reporting.report import compare, write_report
     from lm.runs.open import open_run
     from lm.training.train import train
 
-    parallel.start()
+    backend.start()
     for number, (name, folder) in enumerate(folders.items(), 1):
         label = f"[{number}/{len(folders)}] {name}"
         if name in drafts:

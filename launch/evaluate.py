@@ -23,12 +23,12 @@ def main(overrides):
     del overrides
     if not FLAGS.workdir:
         raise UserError("--workdir is missing: give the folder of a trained run")
-    from lm import parallel
+    from lm import backend
     from lm.evaluation.evaluate import evaluate_run
     from lm.reporting.table import scored_context
     from lm.runs.open import open_run
 
-    parallel.start()
+    backend.start()
     run = open_run(FLAGS.workdir, FLAGS.step)
     with command.ProgressBar(1, " tokens") as bar:
 

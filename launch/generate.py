@@ -24,11 +24,11 @@ def main(overrides):
     del overrides
     if not FLAGS.workdir:
         raise UserError("--workdir is missing: give the folder of a trained run")
-    from lm import parallel
+    from lm import backend
     from lm.evaluation.generate import Sampling, generate
     from lm.runs.open import open_run
 
-    parallel.start()
+    backend.start()
     run = open_run(FLAGS.workdir, FLAGS.step)
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
     texts = generate(run, FLAGS.prompt, FLAGS.num_tokens, FLAGS.num_samples, sampling, FLAGS.seed)

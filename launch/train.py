@@ -27,11 +27,11 @@ def main(overrides):
         raise UserError("--workdir is missing: give a folder for the run, such as --workdir=runs/first")
     draft = command.load_config(FLAGS.config, overrides)
     from launch import console
-    from lm import parallel
+    from lm import backend, parallel
     from lm.evaluation.perplexity import perplexity
     from lm.training.train import prepare, train
 
-    parallel.start()
+    backend.start()
     if FLAGS.dry_run:
         experiment = prepare(draft)
         settings = experiment.config

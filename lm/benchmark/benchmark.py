@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from lm.backend import keep_freed_memory, start
 from lm.benchmark import torch_peer
 from lm.benchmark.flops import TRAINING, forward_flops_per_token
 from lm.benchmark.machine import SquareMatmul, host_peak_bytes, spread
@@ -22,7 +23,7 @@ from lm.config import resolve, to_json
 from lm.data.batches import batches
 from lm.errors import UserError
 from lm.models.build import initialise
-from lm.parallel import device_summary, keep_freed_memory, peak_bytes, place, start
+from lm.parallel import device_summary, peak_bytes, place
 from lm.runs.folder import environment
 from lm.training import optimizer as optimizers
 
@@ -50,7 +51,7 @@ def benchmark(
       against: "torch" or None. Its rounds and ours take turns, and which goes first changes. On a CPU where our allocator is
         tuned it runs twice: as its users start it, and with the same allocator.
       steps: units of a round (training steps, scored batches, generated texts); None: as many of ours as fill two seconds.
-      allocator: one of ALLOCATORS; see `lm.parallel.start`.
+      allocator: one of ALLOCATORS; see `lm.backend.start`.
       compile_peer: let the peer try torch.compile, and keep what is faster.
       profile: folder for a trace of a few units, which TensorBoard and Perfetto open.
       on_round: called after each.
