@@ -29,19 +29,23 @@ def main(overrides):
     from launch import console
     from lm import backend, parallel
     from lm.evaluation.perplexity import perplexity
-    from lm.training.train import prepare, train
+    from lm.training.train import prepare, step_memory, train
 
     backend.start()
     if FLAGS.dry_run:
         experiment = prepare(draft)
-        settings = experiment.config
+        settings, memory = experiment.config, None
         if settings.model.architecture != "ngram":
             placement = parallel.place(settings)
             placement.check_rows(settings.data.batch_size, settings.training.num_micro_batches)
             print(console.parameter_table(experiment))
-            print(f"\non {placement.num_devices} device(s): {placement.devices[0].device_kind}")
+            memory = step_memory(experiment, placement)
+            print(
+                f"\non {placement.num_devices} device(s): {placement.devices[0].device_kind}; by the compiler's reckoning a step "
+                f"takes {memory['peak'] / 2**20:,.1f} MiB of each, {memory['state'] / 2**20:,.1f} MiB of it the state"
+            )
         print(f"would train {console.describe(experiment)}")
-        return {"config": FLAGS.config, **experiment.facts}
+        return {"config": FLAGS.config, **experiment.facts, "bytes_per_device": memory}
     listener = console.Console()
     try:
         result = train(draft, FLAGS.workdir, listener)

@@ -298,7 +298,15 @@ class Config(Section):
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     seed: int = setting(0, "seed of parameters, dropout and the order of windows", at_least=0, below=2**32)
-    parallelism: str = setting("pmap", "how work is spread over devices", choices=("pmap",), resumable=True)
+    parallelism: str = setting(
+        "pmap",
+        "how work is spread over devices: a copy of the state on each, or the state split over a mesh of them",
+        choices=("pmap", "sharded"),
+        resumable=True,
+    )
+    mesh_shape: tuple[int, ...] | None = setting(
+        None, "data × fsdp × tensor devices of a sharded run; None: all for fsdp", at_least=1, resumable=True
+    )
     num_devices: int | None = setting(None, "devices to use; None: all that JAX sees", at_least=1, resumable=True)
     dropout_generator: str = setting(
         "threefry",
@@ -584,6 +592,7 @@ def _resolve_data(data):
 
 def _resolve_rest(config):
     optimizer, training, evaluation, model = config.optimizer, config.training, config.evaluation, config.model
+    _resolve_devices(config)
     if optimizer.clip_norm is not None and optimizer.clip_value is not None:
         raise UserError("config.optimizer.clip_norm and config.optimizer.clip_value are both set; set the other to None")
     if optimizer.weight_decay is None:
@@ -618,6 +627,20 @@ def _resolve_rest(config):
                 f"config.evaluation.stride is {evaluation.stride}, longer than a window of {evaluation.context}: "
                 "tokens would be left out"
             )
+
+
+def _resolve_devices(config):
+    shape = config.mesh_shape
+    if shape is None:
+        return
+    if config.parallelism != "sharded":
+        raise UserError(f"config.mesh_shape is set, but config.parallelism is {config.parallelism!r}; set it to sharded")
+    if len(shape) != 3:
+        raise UserError(f"config.mesh_shape is {shape}, but must be three numbers: data, fsdp and tensor, such as (2, 2, 2)")
+    if config.num_devices not in (None, math.prod(shape)):
+        raise UserError(
+            f"config.num_devices is {config.num_devices}, but config.mesh_shape {shape} takes {math.prod(shape)}; leave it open"
+        )
 
 
 def to_json(config) -> dict:

@@ -1,5 +1,8 @@
-"""Placement: one device or pmap over several. The only place that knows device axes; outside it arrays are global."""
+"""Placement: one device, pmap over several, or a mesh of them. The only place that knows device axes; outside it arrays are
+global."""
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lm.backend import give_back_freed_memory
 from lm.config import Config
 from lm.errors import UserError
+from lm.partition import ALL_ROWS, HEADS, ROWS, VOCABULARY, Partition, use as use_partition
 
-_AXIS = "devices"
+_AXIS = "devices"  # of pmap
+_DATA, _FSDP, _TENSOR = "data", "fsdp", "tensor"  # of a mesh
 
 
 class _Compiled:
@@ -52,7 +57,8 @@ class Placement:
     order. With one device nothing has a device axis and a step is compiled by `jit`; with several, by `pmap`.
 
     Attributes:
-      num_devices: devices that the rows are split over.
+      devices, num_devices: those in use.
+      num_row_parts: into how many parts the rows are split.
     """
 
     def __init__(self, num_devices: int | None = None):
@@ -69,16 +75,16 @@ class Placement:
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={num_devices}"
             )
         self.devices = devices[:num_devices]
-        self.num_devices = len(self.devices)
+        self.num_devices = self.num_row_parts = len(self.devices)
         self._sharding = NamedSharding(Mesh(np.array(self.devices), (_AXIS,)), PartitionSpec(_AXIS))
 
     def check_rows(self, num_rows: int, parts: int = 1) -> None:
         """Raises a UserError unless the rows split evenly over devices and, on each, into `parts` micro-batches."""
-        unit = self.num_devices * parts
+        unit = self.num_row_parts * parts
         if num_rows % unit:
             near = max(round(num_rows / unit), 1) * unit
             raise UserError(
-                f"config.data.batch_size is {num_rows}, which {self.num_devices} devices"
+                f"config.data.batch_size is {num_rows}, which {self.num_row_parts} devices"
                 f"{f' × {parts} micro-batches' if parts > 1 else ''} do not divide; {near} would work"
             )
 
@@ -86,13 +92,15 @@ class Placement:
         """Sum over devices, inside a compiled step: psum under pmap, identity on one device."""
         return tree if self.num_devices == 1 else jax.lax.psum(tree, _AXIS)
 
-    def compile(self, function: Callable, donate: tuple[int, ...] = ()) -> Callable:
+    def compile(self, function: Callable, results: tuple[str, ...], donate: tuple[int, ...] = ()) -> Callable:
         """Compiles a pure function of placed state and rows, which sees the local rows only.
 
         Args:
-          function: its arguments and results are placed state or placed rows.
+          function: its arguments are placed state or placed rows, its result a tuple of such.
+          results: of each result, whether it is "state" or "rows".
           donate: positions of arguments whose buffers may be reused.
         """
+        del results  # of one device, or by pmap's axis, both lie as they should
         if self.num_devices == 1:
             return _Compiled(jax.jit(function, donate_argnums=donate))
         return _Compiled(jax.pmap(function, axis_name=_AXIS, devices=self.devices, donate_argnums=donate))
@@ -111,6 +119,15 @@ class Placement:
         # On a CPU, device_get may hand out a view of a buffer that a later step donates, hence the copy.
         return jax.tree.map(lambda x: np.array(x[0] if self.num_devices > 1 else x), host)
 
+    def state_like(self, tree) -> Any:
+        """Shapes, types and places of what `put_state` makes of a tree of arrays or shapes, to compile for."""
+        lead = () if self.num_devices == 1 else (self.num_devices,)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), tree)
+
+    def state_bytes(self, like) -> int:
+        """Bytes on each device of what `state_like` tells of."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like)) // self.num_devices
+
     def put_rows(self, tree):
         """A global tree whose leaves have rows on axis 0, split over the devices."""
         if self.num_devices == 1:
@@ -126,6 +143,104 @@ class Placement:
         return jax.tree.map(lambda x: np.array(x).reshape(-1, *x.shape[2:]), host)
 
 
+# How parameters, and what an optimiser keeps for each, are split: the end of a path -> for each dimension the axis that
+# splits it. What an axis does not divide is split along another dimension if it can be, else whole on each of its devices.
+_RULES = (
+    (r"embedding/table", (_TENSOR, _FSDP)),
+    (r"output/kernel", (_FSDP, _TENSOR)),
+    (r"(query|key|value|inward|gate)/kernel", (_FSDP, _TENSOR)),
+    (r"outward/kernel", (_TENSOR, _FSDP)),
+    (r"(input|recurrent)_kernel", (_FSDP, _TENSOR)),
+    (r".*", (_TENSOR,)),  # vectors, and all the rest
+)
+
+
+class Sharded(Placement):
+    """A mesh of data × fsdp × tensor devices: `jit` over global arrays, which the compiler divides.
+
+    Rows are split over data and fsdp, state over fsdp and tensor (fully sharded data parallelism: Rajbhandari et al. 2020,
+    arXiv:1910.02054; tensor parallelism: Shoeybi et al. 2019, arXiv:1909.08053). A recurrence splits its rows over tensor as
+    well, so that no step of it waits for another device; attention its heads; the loss its vocabulary.
+
+    Attributes:
+      num_row_parts: data × fsdp.
+    """
+
+    def __init__(self, mesh_shape: tuple[int, int, int]):
+        """Takes as many devices as the shape has.
+
+        Raises:
+          UserError: there are fewer.
+        """
+        super().__init__(math.prod(mesh_shape))
+        self._mesh = Mesh(np.array(self.devices).reshape(mesh_shape), (_DATA, _FSDP, _TENSOR))
+        self._partition = Partition(
+            self._mesh,
+            {
+                ROWS: (_DATA, _FSDP),
+                ALL_ROWS: (_DATA, _FSDP, _TENSOR),
+                VOCABULARY: (_TENSOR,),
+                HEADS: (_TENSOR,),
+            },
+        )
+        self.num_row_parts = self._partition.size(self._partition.axes[ROWS])
+        self._rows = NamedSharding(self._mesh, PartitionSpec((_DATA, _FSDP)))
+
+    def total(self, tree):
+        return tree  # the sums of a global program are those of all devices
+
+    def compile(self, function, results, donate=()):
+        def constrained(*args):
+            with use_partition(self._partition):
+                found = function(*args)
+            shardings = tuple(
+                self._state_shardings(tree) if kind == "state" else jax.tree.map(lambda _: self._rows, tree)
+                for tree, kind in zip(found, results, strict=True)
+            )
+            return jax.lax.with_sharding_constraint(found, shardings)
+
+        return _Compiled(jax.jit(constrained, donate_argnums=donate))
+
+    def put_state(self, tree):
+        return jax.device_put(tree, self._state_shardings(tree))
+
+    def get_state(self, tree):
+        return jax.tree.map(np.array, jax.device_get(tree))
+
+    def state_like(self, tree):
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, self._state_shardings(tree)
+        )
+
+    def state_bytes(self, like):
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(like))
+
+    def put_rows(self, tree):
+        return jax.device_put(tree, self._rows)
+
+    def get_rows(self, tree):
+        return self.get_state(tree)
+
+    def _state_shardings(self, tree):
+        def sharding(path, leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return NamedSharding(self._mesh, self.state_spec(name, np.shape(leaf)))
+
+        return jax.tree_util.tree_map_with_path(sharding, tree)
+
+    def state_spec(self, name: str, shape: tuple[int, ...]) -> PartitionSpec:
+        """Which axes split each dimension of a piece of state, by its path and shape."""
+        rule = next(axes for pattern, axes in _RULES if re.search(rf"(^|/)({pattern})$", name))
+        split: list[tuple[str, ...]] = [() for _ in shape]
+        for axis in (_TENSOR, _FSDP):
+            first = rule.index(axis) if axis in rule else 0
+            for dimension in sorted(range(len(shape)), key=lambda d: d != first):
+                if shape[dimension] and shape[dimension] % self._partition.size((*split[dimension], axis)) == 0:
+                    split[dimension] += (axis,)
+                    break
+        return PartitionSpec(*(axes or None for axes in split))
+
+
 def place(config: Config, or_fewer: bool = False) -> Placement:
     """The placement that `config.parallelism` names, over `config.num_devices` devices.
 
@@ -135,10 +250,15 @@ def place(config: Config, or_fewer: bool = False) -> Placement:
     Raises:
       UserError: fewer devices than the config asks for.
     """
-    wanted = config.num_devices
+    present, wanted = len(jax.devices()), config.num_devices
     if or_fewer and wanted is not None:
-        wanted = min(wanted, len(jax.devices()))
-    return {"pmap": Placement}[config.parallelism](wanted)
+        wanted = min(wanted, present)
+    if config.parallelism == "pmap":
+        return Placement(wanted)
+    shape = config.mesh_shape
+    if shape is None or (or_fewer and math.prod(shape) > present):
+        shape = (1, wanted or present, 1)
+    return Sharded(shape)
 
 
 def device_summary(placement: Placement) -> dict[str, Any]:
@@ -154,10 +274,13 @@ def peak_bytes(placement: Placement) -> int | None:
 
 
 def split_rows(tree, parts: int):
-    """Rows [B, ...] as [parts, B / parts, ...], for a scan over micro-batches."""
-    return jax.tree.map(lambda x: jnp.reshape(x, (parts, x.shape[0] // parts, *x.shape[1:])), tree)
+    """Rows [B, ...] as [parts, B / parts, ...], for a scan over micro-batches: of neighbours each goes into another part.
+
+    So the rows of a part are spread over all devices that hold rows.
+    """
+    return jax.tree.map(lambda x: jnp.reshape(x, (x.shape[0] // parts, parts, *x.shape[1:])).swapaxes(0, 1), tree)
 
 
 def join_rows(tree):
     """The inverse of `split_rows`."""
-    return jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), tree)
+    return jax.tree.map(lambda x: jnp.reshape(x.swapaxes(0, 1), (-1, *x.shape[2:])), tree)

@@ -60,6 +60,13 @@ WRONG = [
     (dict(data__order="stroom"), ["config.data.order is 'stroom'", "did you mean 'stream'?"]),
     (dict(optimizer__name="adm"), ["config.optimizer.name is 'adm'", "did you mean 'adam'?"]),
     (dict(optimizer__schedule="cosinus"), ["config.optimizer.schedule is 'cosinus'", "did you mean 'cosine'?"]),
+    (dict(mesh_shape=(2, 2, 2)), ["config.mesh_shape is set, but config.parallelism is 'pmap'", "set it to sharded"]),
+    (dict(parallelism="sharded", mesh_shape=(2, 2)), ["config.mesh_shape is (2, 2)", "three numbers: data, fsdp and tensor"]),
+    (dict(parallelism="sharded", mesh_shape=(2, 0, 2)), ["config.mesh_shape is (2, 0, 2)", "at least 1"]),
+    (
+        dict(parallelism="sharded", mesh_shape=(2, 2, 2), num_devices=4),
+        ["config.num_devices is 4", "config.mesh_shape (2, 2, 2) takes 8", "leave it open"],
+    ),
     (dict(parallelism="pmpa"), ["config.parallelism is 'pmpa'", "did you mean 'pmap'?"]),
     (dict(compute_dtype="float16"), ["config.compute_dtype is 'float16'", "float32, bfloat16"]),
     # bounds

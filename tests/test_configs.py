@@ -122,6 +122,8 @@ RUNS = {
         optimizer__clip_norm=None,
         optimizer__clip_value=0.1,
         compute_dtype="bfloat16",
+        parallelism="sharded",
+        mesh_shape=(1, 1, 1),
     ),
     "transformer": dict(
         model__architecture="transformer",

@@ -11,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,36 @@ import numpy as np
 import pytest
 
 from lm.errors import UserError
-from lm.parallel import Placement, device_summary, join_rows, split_rows
+from lm.parallel import Placement, Sharded, device_summary, join_rows, split_rows
 
 B, T, V, STEPS, LIMIT = 16, 5, 11, 3, 0.1
 EXPERIMENTS = {
+    "rnn": dict(dropout_rate=0.3, init_scale=0.5),
+    "gru": dict(dropout_rate=0.3, tie_embeddings=False, init_scale=0.5),
     "lstm": dict(dropout_rate=0.3, weight_drop_rate=0.3, word_dropout_rate=0.2, variational_dropout=True, init_scale=0.5),
     "transformer": dict(dropout_rate=0.3, attention_window=4, num_heads=2, init_scale=0.3),
 }
+# path and shape of a piece of state -> the axes of a mesh of 2 × 2 × 2 that split each dimension
+SPECS = {
+    ("params/embedding/table", (12, 8)): ("tensor", "fsdp"),
+    ("opt_state/1/0/mu/output/kernel", (8, 12)): ("fsdp", "tensor"),
+    ("params/stack/layer_0/attention/outward/kernel", (8, 8)): ("tensor", "fsdp"),
+    ("params/stack/layer_0/feed_forward/inward/kernel", (8, 32)): ("fsdp", "tensor"),
+    ("params/stack/layer_3/recurrent_kernel", (8, 24)): ("fsdp", "tensor"),
+    ("params/embedding/table", (11, 8)): (None, "tensor fsdp"),  # what does not divide moves to where it does
+    ("params/embedding/table", (12, 7)): ("tensor fsdp", None),
+    ("params/output/kernel", (6, 11)): ("tensor", None),
+    ("params/output/bias", (12,)): ("tensor fsdp",),
+    ("params/output/bias", (10,)): ("tensor",),
+    ("params/output/bias", (11,)): (None,),
+    ("step", ()): (),
+}
+MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8))
+
+
+def placements(architecture):
+    """Numbers of devices under pmap, and meshes; pmap is told apart by what is carried and by nothing else."""
+    return (*MESHES, 4, 8) if architecture in ("lstm", "transformer") else MESHES
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +58,7 @@ def emulated(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PJRT_")}
     environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment["PYTHONPATH"] = os.pathsep.join([str(pathlib.Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, __file__, str(path)], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, __file__, str(path)], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return pickle.loads(path.read_bytes())
 
@@ -44,11 +68,10 @@ def emulated(tmp_path_factory):
 SAME = dict(rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("num_devices", [4, 8])
-@pytest.mark.parametrize("architecture", EXPERIMENTS)
-def test_several_devices_equal_one(emulated, architecture, num_devices):
-    """Four devices take two micro-batches each as well."""
-    one, several = emulated[architecture][1], emulated[architecture][num_devices]
+@pytest.mark.parametrize("architecture, devices", [(name, place) for name in EXPERIMENTS for place in placements(name)], ids=str)
+def test_several_devices_equal_one(emulated, architecture, devices):
+    """Four devices and the mesh of 2 × 2 × 2 take two micro-batches as well."""
+    one, several = emulated[architecture][1], emulated[architecture][devices]
     for step in range(STEPS):
         for name, want in one["log_sums"][step].items():
             np.testing.assert_allclose(
@@ -70,9 +93,40 @@ def test_the_steps_compared_were_real_ones(emulated, architecture):
     assert abs(found["loss without dropout"] - found[1]["log_sums"][0]["loss"]) > 0.1
 
 
-def test_a_carry_of_eight_devices_goes_on_on_two(emulated):
+@pytest.mark.parametrize("devices", [2, (2, 2, 2)], ids=str)
+def test_a_carry_of_eight_devices_goes_on_elsewhere(emulated, devices):
     for name, want in emulated["lstm"]["one more step on 8"].items():
-        np.testing.assert_allclose(emulated["lstm"]["one more step on 2"][name], want, rtol=2e-6, atol=1e-6, err_msg=name)
+        found = emulated["lstm"][f"one more step on {devices}"][name]
+        np.testing.assert_allclose(found, want, rtol=2e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("architecture", EXPERIMENTS)
+def test_each_device_holds_its_share_of_the_state(emulated, architecture, mesh):
+    """Of widths that divide. Of a vector that divides less often the rest is small."""
+    whole, held = emulated[architecture]["bytes"][mesh]
+    _, fsdp, tensor = mesh
+    assert len(held) == 8
+    assert max(held) <= whole / (fsdp * tensor) * 1.05 and min(held) >= whole / (fsdp * tensor)
+
+
+def test_state_is_split_by_its_path_and_shape(emulated):
+    assert emulated["specs"] == SPECS
+
+
+def test_a_run_goes_on_on_another_mesh_and_under_pmap(emulated):
+    """Three steps on a mesh, three on another, three under pmap on two devices: as nine on one device."""
+    whole, pieces = emulated["runs"]
+    assert [line["step"] for line in whole] == [line["step"] for line in pieces] and len(whole) >= 6
+    for one, other in zip(whole, pieces, strict=True):
+        assert one["split"] == other["split"]
+        assert other["loss"] == pytest.approx(one["loss"], abs=2e-6), one["step"]
+
+
+def test_memory_of_a_step_is_told_before_it_is_taken(emulated):
+    one, split = emulated["memory"][1], emulated["memory"][1, 8, 1]
+    assert one["state"] > 0 and split["state"] == pytest.approx(one["state"] / 8, rel=0.05)
+    assert split["state"] < split["peak"] < one["peak"]
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 8])
@@ -130,24 +184,24 @@ def test_a_compiled_function_is_compiled_once_for_each_shape():
 
     def step(state, row):
         traced.append(jnp.shape(row))
-        return {"total": state["total"] + row.sum()}
+        return ({"total": state["total"] + row.sum()},)
 
-    compiled = Placement(1).compile(step, donate=(0,))
+    compiled = Placement(1).compile(step, ("state",), donate=(0,))
     state, total = {"total": jnp.zeros(())}, 0.0
     for length in (3, 3, 5, 3, 5, 5, 3):
-        state = compiled(state, np.ones(length, np.float32))
+        (state,) = compiled(state, np.ones(length, np.float32))
         total += length
         assert float(state["total"]) == total
     assert traced == [(3,), (5,)]
     with pytest.raises(TypeError, match="unsupported operand"):
-        Placement(1).compile(lambda x: x + None)(jnp.zeros(()))
+        Placement(1).compile(lambda x: (x + None,), ("state",))(jnp.zeros(()))
 
 
-def test_splitting_rows_keeps_their_order():
+def test_splitting_rows_takes_turns_and_joining_restores_their_order():
     rows = {"a": np.arange(24).reshape(6, 4), "b": np.arange(6)}
     parts = split_rows(rows, 3)
-    np.testing.assert_array_equal(parts["a"][1], rows["a"][2:4])
-    np.testing.assert_array_equal(parts["b"], [[0, 1], [2, 3], [4, 5]])
+    np.testing.assert_array_equal(parts["a"][1], rows["a"][[1, 4]])
+    np.testing.assert_array_equal(parts["b"], [[0, 3], [1, 4], [2, 5]])
     for name, array in join_rows(parts).items():
         np.testing.assert_array_equal(array, rows[name])
 
@@ -190,8 +244,8 @@ def train_everywhere(architecture, found):
         carry = jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), carry)
 
     @functools.cache
-    def compiled(num_devices, num_micro_batches):
-        placement = Placement(num_devices)
+    def compiled(devices, num_micro_batches):
+        placement = Sharded(devices) if isinstance(devices, tuple) else Placement(devices)
         placement.check_rows(B, num_micro_batches)
         step = functools.partial(
             train_step,
@@ -202,27 +256,82 @@ def train_everywhere(architecture, found):
             dropout_key=dropout_key(config),
             num_micro_batches=num_micro_batches,
         )
-        return placement, placement.compile(step, donate=(0, 1))
+        return placement, placement.compile(step, ("state", "rows"), donate=(0, 1))
 
-    def run(num_devices, num_micro_batches, state, carry, rows):
-        (placement, step), log_sums = compiled(num_devices, num_micro_batches), []
+    def run(devices, num_micro_batches, state, carry, rows):
+        (placement, step), log_sums = compiled(devices, num_micro_batches), []
         state, carry = placement.put_state(state), placement.put_rows(carry)
+        places = jax.tree.map(lambda leaf: leaf.sharding, (state, carry))
         for batch in rows:
             state, carry = step(state, carry, placement.put_rows(batch))
             log_sums.append(placement.get_state(state.log_sums))
+        assert jax.tree.all(
+            jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), (state, carry), places)
+        )
         return placement.get_state(state), placement.get_rows(carry), log_sums
 
     *rows, last = batches()
-    for num_devices, num_micro_batches in ((1, 1), (4, 2), (8, 1)):
-        state, after, log_sums = run(num_devices, num_micro_batches, start, carry, rows)
-        found[num_devices] = {"params": state.params, "carry": after, "log_sums": log_sums}
+    for devices in (1, *placements(architecture)):
+        state, after, log_sums = run(devices, 2 if devices in (4, (2, 2, 2)) else 1, start, carry, rows)
+        found[devices] = {"params": state.params, "carry": after, "log_sums": log_sums}
     if architecture == "lstm":
-        for num_devices in (2, 8):
-            found[f"one more step on {num_devices}"] = run(num_devices, 1, state, after, [last])[2][0]
+        for devices in (2, 8, (2, 2, 2)):
+            found[f"one more step on {devices}"] = run(devices, 1, state, after, [last])[2][0]
+    found["bytes"] = {mesh: bytes_held(config, mesh) for mesh in MESHES}
     found["weight"] = sum(batch.loss_weights_BT.sum() for batch in rows)
     plain = jax.jit(lambda params, carry, batch: causal_language_model(model)(params, carry, batch, None, False)[0])
     sums = plain(start.params, reset_rows(carry, rows[0].reset_B), rows[0])
     found["loss without dropout"] = float(sums["loss"])
+
+
+def bytes_held(config, mesh):
+    """Bytes of the state of a model whose widths divide, and what each device holds of it."""
+    from lm.config import replaced
+    from lm.models.build import build, initialise
+    from lm.training import optimizer as optimizers
+    from lm.training.step import initial_state
+
+    config = replaced(config, "model", hidden_dim=16, mlp_dim=config.model.mlp_dim and 64)
+    config = replaced(config, "optimizer", name="adamw", b1=0.9, b2=0.999)
+    optimizer, _ = optimizers.build(config, steps_per_epoch=10)
+    state = jax.device_get(initial_state(initialise(build(config, 64), 0), optimizer))
+    held = dict.fromkeys(jax.devices(), 0)
+    for leaf in jax.tree.leaves(Sharded(mesh).put_state(state)):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state)), list(held.values())
+
+
+def runs(folder):
+    """Metrics of nine steps on one device, and of as many on three placements, one after the other."""
+    from helpers import changed, draft, write_corpus
+
+    from lm.runs.folder import RunFolder
+    from lm.training.train import train
+
+    steps = dict(training__log_every_steps=1, training__evaluate_every_steps=3, evaluation__rows=2)
+    config = draft(write_corpus(folder / "corpus"), "lstm", model__dropout_rate=0.3, **steps)
+    places = [
+        dict(parallelism="sharded", num_devices=None, mesh_shape=(2, 2, 2)),
+        dict(parallelism="sharded", num_devices=2, mesh_shape=None),
+        dict(parallelism="pmap", num_devices=2, mesh_shape=None),
+    ]
+    for number, place in enumerate(places, 1):
+        train(changed(config, training__num_steps=3 * number, **place), str(folder / "pieces"))
+    train(changed(config, num_devices=1), str(folder / "whole"))
+    return [list(RunFolder(str(folder / name)).read_metrics()) for name in ("whole", "pieces")]
+
+
+def memory(folder):
+    """What `step_memory` says of one device and of a mesh."""
+    from helpers import changed, draft, write_corpus
+
+    from lm.training.train import prepare, step_memory
+
+    config = draft(write_corpus(folder / "corpus"), "lstm", model__hidden_dim=64, data__batch_size=8)
+    found = {1: step_memory(prepare(config), Placement(1))}
+    sharded = changed(config, parallelism="sharded", num_devices=None)
+    return {**found, (1, 8, 1): step_memory(prepare(sharded), Sharded((1, 8, 1)))}
 
 
 def sentence_of(function, *arguments):
@@ -262,6 +371,15 @@ def compute():
         }
     cases = [(n, parts, rows) for n in (2, 8) for parts in (1, 3) for rows in (1, 5, 12, 24, 47, 48, 100)]
     found["check_rows"] = {case: sentence_of(Placement(case[0]).check_rows, case[2], case[1]) for case in cases}
+    with tempfile.TemporaryDirectory() as folder:
+        found["runs"] = runs(pathlib.Path(folder) / "runs")
+        found["memory"] = memory(pathlib.Path(folder) / "memory")
+    found["specs"] = {
+        (name, shape): tuple(
+            " ".join(axes) if isinstance(axes, tuple) else axes for axes in Sharded((2, 2, 2)).state_spec(name, shape)
+        )
+        for name, shape in SPECS
+    }
     found["too many"] = sentence_of(Placement, 9)
     return found
 

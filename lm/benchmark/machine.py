@@ -27,7 +27,7 @@ class SquareMatmul:
         self._num_devices = placement.num_devices
         factor = np.random.default_rng(0).standard_normal((self.size, self.size), np.float32)
         self._factor = placement.put_state(factor.astype(jnp.dtype(dtype)))
-        self._product = placement.compile(lambda x: x @ x)
+        self._product = placement.compile(lambda x: (x @ x,), ("state",))
         jax.block_until_ready(self._product(self._factor))
 
     def rate(self, repetitions: int = 3) -> float:

@@ -202,7 +202,7 @@ def _scorer(run, layout) -> tuple[Scorer, Layout]:
     # a run of more devices than there are here is scored on those there are: the figure does not depend on them
     placement = place(run.config, or_fewer=True) if layout.context else Placement(1)
     params = placement.put_state(run.params)
-    return neural_scorer(run.model, placement)(params), dataclasses.replace(layout, row_multiple=placement.num_devices)
+    return neural_scorer(run.model, placement)(params), dataclasses.replace(layout, row_multiple=placement.num_row_parts)
 
 
 def _text(found):

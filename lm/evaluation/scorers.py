@@ -95,7 +95,7 @@ def neural_scorer(model: LanguageModel, placement: Placement) -> Callable[[Any],
             scores = model.apply({"params": params}, hidden_BTD, batch.targets_BT, method="score")
         return -scores.log_prob_BT, memory
 
-    compiled = placement.compile(score)
+    compiled = placement.compile(score, ("rows", "rows"))
     return lambda params: NeuralScorer(params, model, placement, compiled, precision)
 
 

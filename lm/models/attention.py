@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn, struct
 
 from lm.models.layers import Dropout, Initializer, rotate, segment_runs
+from lm.partition import HEADS, ROWS, locally
 
 Array = jax.Array
 
+_HEADWISE = (ROWS, None, HEADS)  # how [B, T, H, K] may be split
 _QUERIES_AT_ONCE = 256
 _MOST_BLOCKS = 8  # of queries, so that a long text does not make a long program
 _SCORES_AT_ONCE = 1 << 22  # float32 numbers, 16 MiB
@@ -232,7 +234,8 @@ class Attention(nn.Module):
             keys, values = (jnp.concatenate([old.astype(new.dtype), new], axis=1) for old, new in zip(cache, (k, v), strict=True))
         needs_weights = self.is_mutable_collection("intermediates") or (train and self.dropout_rate)
         if where.visible_BTS is None and not needs_weights:
-            mixed = attend_causally(q, keys, values, where.window)
+            attend_here = locally(lambda _, *qkv: attend_causally(*qkv, where.window), (_HEADWISE,) * 3, _HEADWISE)
+            mixed = attend_here(q, keys, values)
         else:
             visible_BTS = where.visible_BTS
             if visible_BTS is None:

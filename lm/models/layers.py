@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from lm.partition import ROWS, VOCABULARY, constrain
+
 Array = jax.Array
 Initializer = Callable[..., Array]
 _EPSILON = 1e-6  # of the norms
@@ -122,7 +124,7 @@ class Embedding(nn.Module):
         The gradient that such an output has for the table passes through here, where the looked-up rows are added to it: so
         only one array of the table's size is made.
         """
-        rows_BTD, table_VD = look_up(self.table, tokens_BT)
+        rows_BTD, table_VD = look_up(constrain(self.table, VOCABULARY), tokens_BT)
         return self._finished(rows_BTD, tokens_BT, train), table_VD
 
     def by_one_hot(self, tokens_BT: Array, train: bool = False) -> Array:
@@ -134,7 +136,7 @@ class Embedding(nn.Module):
         if train and self.word_dropout_rate:
             keep_V1 = keep_mask(self.make_rng("dropout"), (self.vocab_size, 1), self.word_dropout_rate)
             rows_BTD = jnp.where(keep_V1[tokens_BT], rows_BTD / (1 - self.word_dropout_rate), 0)
-        return rows_BTD.astype(self.dtype) * self.multiplier
+        return constrain(rows_BTD.astype(self.dtype) * self.multiplier, ROWS)
 
 
 @jax.custom_vjp

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.layers import Initializer
+from lm.partition import ROWS, VOCABULARY, count, locally
 
 Array = jax.Array
 
 LOGITS_AT_ONCE = 1 << 24  # float32 numbers, 64 MiB
+_NEVER = -1e30  # a bias whose token's probability is zero
 
 
 class TokenScores(NamedTuple):
@@ -33,22 +35,29 @@ class LossSums(NamedTuple):
 
 def score_tokens(hidden_ND: Array, matrix: Array, bias_V: Array, targets_N: Array, tied: bool) -> TokenScores:
     """Scores of N targets, the leaves [N] each; logits are made for some tokens at a time. The matrix is as in `loss_sums`."""
+    vocab_size = len(bias_V)
 
-    def score(hidden_ND, targets_N):
-        logits_NV = _logits(hidden_ND, matrix, bias_V, tied)
-        _, _, normalizer_N = _exponentials(logits_NV)
-        return TokenScores(
-            log_prob_BT=_at(logits_NV, targets_N) - normalizer_N,
-            correct_BT=logits_NV.argmax(axis=-1) == targets_N,
-            mean_log_prob_BT=logits_NV.mean(axis=-1) - normalizer_N,
-        )
+    def score_all(part, hidden_ND, matrix, bias_V, columns_V, targets_N):
+        def score(hidden_ND, targets_N):
+            logits_NV = _logits(hidden_ND, matrix, bias_V, tied)
+            _, _, largest_N, normalizer_N = _exponentials(part, logits_NV)
+            here_N = jnp.where(logits_NV.max(axis=-1) == largest_N, columns_V[logits_NV.argmax(axis=-1)], vocab_size)
+            return TokenScores(
+                log_prob_BT=_at(part, logits_NV, columns_V, targets_N) - normalizer_N,
+                correct_BT=part.min(here_N, VOCABULARY) == targets_N,  # of equals the first is the likeliest
+                mean_log_prob_BT=_mean(part, logits_NV, columns_V, vocab_size) - normalizer_N,
+            )
 
-    num_tokens = len(targets_N)
-    parts = _parts((hidden_ND, targets_N), len(bias_V))
-    if parts is None:
-        return score(hidden_ND, targets_N)
-    scores = jax.lax.map(lambda part: score(*part), parts)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1)[:num_tokens], scores)
+        num_tokens = len(targets_N)
+        parts = _parts((hidden_ND, targets_N), len(bias_V))
+        if parts is None:
+            return score(hidden_ND, targets_N)
+        scores = jax.lax.map(lambda rows: score(*rows), parts)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1)[:num_tokens], scores)
+
+    inputs = (ROWS,), *_matrix_names(tied), (ROWS,)
+    score_here = locally(score_all, inputs, TokenScores((ROWS,), (ROWS,), (ROWS,)))
+    return score_here(hidden_ND, *_padded(matrix, bias_V, tied), targets_N)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -81,39 +90,49 @@ def _mixed(loss, smooth, label_smoothing):
 
 
 def _loss_sums_forward(hidden_ND, matrix, bias_V, targets_N, weights_N, tied, label_smoothing):
-    vocab_size, num_tokens = len(bias_V), len(targets_N)
+    vocab_size = len(bias_V)
 
-    def part(hidden_ND, targets_N, weights_N, d_matrix):
-        logits_NV = _logits(hidden_ND, matrix, bias_V, tied)
-        exponentials_NV, total_N, normalizer_N = _exponentials(logits_NV)
-        loss = -jnp.sum((_at(logits_NV, targets_N) - normalizer_N) * weights_N)
-        smooth = -jnp.sum((logits_NV.mean(axis=-1) - normalizer_N) * weights_N) if label_smoothing else 0.0
-        is_target_NV = jnp.arange(vocab_size) == targets_N[:, None]
-        d_logits_NV = exponentials_NV * (weights_N / total_N)[:, None]
-        d_logits_NV -= jnp.where(is_target_NV, (1 - label_smoothing) * weights_N[:, None], 0)
-        if label_smoothing:
-            d_logits_NV -= label_smoothing / vocab_size * weights_N[:, None]
-        d_bias_V = d_logits_NV.sum(axis=0)
-        d_logits_NV = d_logits_NV.astype(hidden_ND.dtype)
-        d_hidden_ND = jnp.einsum("nv,vd->nd" if tied else "nv,dv->nd", d_logits_NV, matrix)
-        d_matrix = _add_matrix_gradient(d_matrix, hidden_ND, d_logits_NV, tied)
-        return LossSums(_mixed(loss, smooth, label_smoothing), loss), d_bias_V, d_hidden_ND, d_matrix
+    def sum_all(part, hidden_ND, matrix, bias_V, columns_V, targets_N, weights_N):
+        def add_rows(hidden_ND, targets_N, weights_N, d_matrix):
+            logits_NV = _logits(hidden_ND, matrix, bias_V, tied)
+            exponentials_NV, total_N, _, normalizer_N = _exponentials(part, logits_NV)
+            loss = -jnp.sum((_at(part, logits_NV, columns_V, targets_N) - normalizer_N) * weights_N)
+            smooth = 0.0
+            if label_smoothing:
+                smooth = -jnp.sum((_mean(part, logits_NV, columns_V, vocab_size) - normalizer_N) * weights_N)
+            is_target_NV = columns_V == targets_N[:, None]
+            d_logits_NV = exponentials_NV * (weights_N / total_N)[:, None]
+            d_logits_NV -= jnp.where(is_target_NV, (1 - label_smoothing) * weights_N[:, None], 0)
+            if label_smoothing:
+                d_logits_NV -= label_smoothing / vocab_size * weights_N[:, None]
+            d_bias_V = d_logits_NV.sum(axis=0)
+            d_logits_NV = d_logits_NV.astype(hidden_ND.dtype)
+            d_hidden_ND = part.sum(jnp.einsum("nv,vd->nd" if tied else "nv,dv->nd", d_logits_NV, matrix), VOCABULARY)
+            d_matrix = _add_matrix_gradient(d_matrix, hidden_ND, d_logits_NV, tied)
+            return LossSums(_mixed(loss, smooth, label_smoothing), loss), d_bias_V, d_hidden_ND, d_matrix
 
-    parts = _parts((hidden_ND, targets_N, weights_N), vocab_size)
-    if parts is None:
-        sums, d_bias_V, d_hidden_ND, d_matrix = part(hidden_ND, targets_N, weights_N, None)
-    else:
+        num_tokens = len(targets_N)
+        parts = _parts((hidden_ND, targets_N, weights_N), len(bias_V))
+        if parts is None:
+            sums, d_bias_V, d_hidden_ND, d_matrix = add_rows(hidden_ND, targets_N, weights_N, None)
+        else:
 
-        def add(before, rows):
-            sums, d_bias_V, d_matrix = before
-            more, more_bias_V, d_hidden_ND, d_matrix = part(*rows, d_matrix)
-            return (jax.tree.map(jnp.add, sums, more), d_bias_V + more_bias_V, d_matrix), d_hidden_ND
+            def add(before, rows):
+                sums, d_bias_V, d_matrix = before
+                more, more_bias_V, d_hidden_ND, d_matrix = add_rows(*rows, d_matrix)
+                return (jax.tree.map(jnp.add, sums, more), d_bias_V + more_bias_V, d_matrix), d_hidden_ND
 
-        zero = jnp.zeros(())
-        empty = (LossSums(zero, zero), jnp.zeros(bias_V.shape), jnp.zeros(matrix.shape))
-        (sums, d_bias_V, d_matrix), d_hidden_PND = jax.lax.scan(add, empty, parts)
-        d_hidden_ND = d_hidden_PND.reshape(-1, hidden_ND.shape[-1])[:num_tokens]
-    return sums, (d_hidden_ND, d_matrix.astype(matrix.dtype), d_bias_V)
+            zero = jnp.zeros(())
+            empty = (LossSums(zero, zero), jnp.zeros(bias_V.shape), jnp.zeros(matrix.shape))
+            (sums, d_bias_V, d_matrix), d_hidden_PND = jax.lax.scan(add, empty, parts)
+            d_hidden_ND = d_hidden_PND.reshape(-1, hidden_ND.shape[-1])[:num_tokens]
+        sums, d_bias_V, d_matrix = part.sum((sums, d_bias_V, d_matrix), ROWS)
+        return sums, d_hidden_ND, d_matrix.astype(matrix.dtype), d_bias_V
+
+    names = _matrix_names(tied)
+    sum_here = locally(sum_all, ((ROWS,), *names, (ROWS,), (ROWS,)), (LossSums((), ()), (ROWS,), *names[:2]))
+    sums, d_hidden_ND, d_matrix, d_bias_V = sum_here(hidden_ND, *_padded(matrix, bias_V, tied), targets_N, weights_N)
+    return sums, (d_hidden_ND, jax.lax.slice_in_dim(d_matrix, 0, vocab_size, axis=0 if tied else 1), d_bias_V[:vocab_size])
 
 
 def _add_matrix_gradient(d_matrix, hidden_ND, d_logits_NV, tied):
@@ -170,16 +189,40 @@ def _logits(hidden, matrix, bias_V, tied):
     return jnp.einsum(names, hidden, matrix, preferred_element_type=jnp.float32) + bias_V
 
 
-def _exponentials(logits_NV):
-    """exp(logit - largest), its sum over the vocabulary, and the logarithm of the sum of exp(logit)."""
-    largest_N = logits_NV.max(axis=-1)
+def _matrix_names(tied):
+    """How `_padded`'s arrays may be split."""
+    return ((VOCABULARY,) if tied else (None, VOCABULARY)), (VOCABULARY,), (VOCABULARY,)
+
+
+def _padded(matrix, bias_V, tied):
+    """Matrix and bias, with entries that no token has until they split evenly; and the token of each."""
+    padding = -len(bias_V) % count(VOCABULARY)
+    if padding:
+        matrix = jnp.pad(matrix, ((0, padding), (0, 0)) if tied else ((0, 0), (0, padding)))
+        bias_V = jnp.pad(bias_V, (0, padding), constant_values=_NEVER)
+    return matrix, bias_V, jnp.arange(len(bias_V))
+
+
+def _exponentials(part, logits_NV):
+    """exp(logit - largest), its sum over the vocabulary, the largest, and the logarithm of the sum of exp(logit)."""
+    largest_N = part.max(logits_NV.max(axis=-1), VOCABULARY)
     exponentials_NV = jnp.exp(logits_NV - largest_N[:, None])
-    total_N = exponentials_NV.sum(axis=-1)
-    return exponentials_NV, total_N, largest_N + jnp.log(total_N)
+    total_N = part.sum(exponentials_NV.sum(axis=-1), VOCABULARY)
+    return exponentials_NV, total_N, largest_N, largest_N + jnp.log(total_N)
 
 
-def _at(logits_NV, targets_N):
-    return jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
+def _at(part, logits_NV, columns_V, targets_N):
+    """The logit of each target, from the part that has it."""
+    index_N = targets_N - columns_V[0]
+    has_N = (index_N >= 0) & (index_N < len(columns_V))
+    found_N = jnp.take_along_axis(logits_NV, jnp.where(has_N, index_N, 0)[:, None], axis=-1)[:, 0]
+    return part.sum(jnp.where(has_N, found_N, 0), VOCABULARY)
+
+
+def _mean(part, logits_NV, columns_V, vocab_size):
+    if count(VOCABULARY) * len(columns_V) > vocab_size:  # padded
+        logits_NV = jnp.where(columns_V < vocab_size, logits_NV, 0)
+    return part.sum(logits_NV.sum(axis=-1), VOCABULARY) / vocab_size
 
 
 class OutputLayer(nn.Module):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.layers import Dropout, Initializer, WeightDrop, gatewise, segment_runs
+from lm.partition import ALL_ROWS, constrain, locally
 
 Array = jax.Array
 State = tuple[Array, ...]  # float32 [B, H] each; the last one is the hidden state
@@ -184,7 +185,13 @@ class RecurrentLayer(nn.Module):
             recurrent_bias = self.param("recurrent_bias", nn.initializers.zeros, (self.hidden_dim,))
             state_bias = state_bias.at[2 * self.hidden_dim :].set(recurrent_bias)
         recurrent_kernel = self.weight_drop(recurrent_kernel, train).astype(self.dtype)
-        return recur(self.cell, gates_TBG, recurrent_kernel, state_bias, state, valid_TB, starts_TB)
+        time_rows, whole = (None, ALL_ROWS), ()
+        recur_here = locally(
+            lambda _, *arguments: recur(self.cell, *arguments),
+            (time_rows, whole, whole, (ALL_ROWS,), time_rows, time_rows),
+            (time_rows, tuple((ALL_ROWS,) for _ in state)),
+        )
+        return recur_here(gates_TBG, recurrent_kernel, state_bias, state, valid_TB, starts_TB)
 
 
 class RecurrentStack(nn.Module):
@@ -244,7 +251,7 @@ class RecurrentStack(nn.Module):
             valid_BT, runs_BT = segment_runs(segments_BT)
             valid_TB, starts_TB = valid_BT.T, jnp.diff(runs_BT, axis=1, prepend=0).T > 0
         states = self.initial_carry(x_BTD.shape[0], None) if carry is None else carry
-        hidden = x_BTD.swapaxes(0, 1)
+        hidden = constrain(x_BTD.swapaxes(0, 1), None, ALL_ROWS)
         after = {}
         for layer, dropout in zip(self.layers, self.dropouts, strict=False):
             hidden, after[layer.name] = layer(dropout(hidden, rows_B, train), states[layer.name], valid_TB, starts_TB, train)

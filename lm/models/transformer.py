@@ -10,6 +10,7 @@ from flax import linen as nn
 from lm.errors import UserError
 from lm.models.attention import Attention, empty_slots, places
 from lm.models.layers import Dropout, FeedForward, Initializer, norm, sinusoidal
+from lm.partition import ROWS, constrain
 
 _KEPT = {"full": None, "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -153,7 +154,7 @@ class TransformerStack(nn.Module):
             (hidden_BTD, cache), sown = block.apply(
                 {"params": params}, hidden_BTD, where, cache, rows_B=rows_B, train=train, mutable=shown, **options
             )
-            return hidden_BTD, (cache, sown)
+            return constrain(hidden_BTD, ROWS), (cache, sown)
 
         if train and self.remat != "none":
             run = jax.checkpoint(run, policy=_KEPT[self.remat])

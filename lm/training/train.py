@@ -6,6 +6,7 @@ import functools
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
 from lm.config import Config, resolve
@@ -210,7 +211,25 @@ def compile_step(config: Config, model: LanguageModel, optimizer, placement: Pla
         dropout_key=dropout_key(config),
         num_micro_batches=config.training.num_micro_batches,
     )
-    return placement.compile(step, donate=(0, 1))
+    return placement.compile(step, ("state", "rows"), donate=(0, 1))
+
+
+def step_memory(experiment: Experiment, placement: Placement) -> dict[str, int]:
+    """What a training step takes of each device, as its compiler reckons, without making any of it.
+
+    Returns:
+      Bytes of `state` (parameters and what the optimiser keeps), and `peak`, the most there is at once: state, carry, batch
+      and all that comes in between.
+    """
+    config, model = experiment.config, experiment.model
+    source = batches(config, experiment.train)
+    optimizer, _ = optimizers.build(config, source.steps_per_epoch)
+    like = placement.state_like(jax.eval_shape(lambda: initial_state(initialise(model, config.seed), optimizer)))
+    carry = model.initial_carry(config.data.batch_size) if source.carries else None
+    rows = placement.put_rows(jax.device_get(carry)), placement.put_rows(source.batch(0, slice(None)))
+    found = compile_step(config, model, optimizer, placement).lower(like, *rows).compile().memory_analysis()
+    outside = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return {"state": placement.state_bytes(like), "peak": outside + found.temp_size_in_bytes}
 
 
 def _restore(config, model, optimizer, source: BatchSource, checkpoints) -> tuple[TrainState, Any, Progress, int]:
@@ -237,7 +256,7 @@ def quick_look(config: Config, model: LanguageModel, valid: Corpus, placement: P
     the line of metrics says how it was taken.
     """
     settings = config.evaluation
-    layout = Layout(settings.context, settings.stride, settings.rows, row_multiple=placement.num_devices)
+    layout = Layout(settings.context, settings.stride, settings.rows, row_multiple=placement.num_row_parts)
     scorer = neural_scorer(model, placement)
 
     def evaluate(params):
