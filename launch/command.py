@@ -17,15 +17,15 @@ from typing import Any
 from absl import flags
 
 from lm.config import Config, Section, unknown_field
-from lm.errors import UserError
+from lm.errors import Preempted, UserError
 from lm.files import check_writable, write_json
 
 
 def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = False, resumes: bool = False) -> None:
     """Parses the command line and calls a verb; what it returns is written to --json=PATH.
 
-    Bad input ends in one sentence on standard error and exit code 1, an interruption in exit code 130. A reader that closes
-    the pipe (`| head`) ends the verb quietly.
+    Bad input ends in one sentence on standard error and exit code 1, an interruption in exit code 130, training that stopped
+    for SIGTERM in 143. A reader that closes the pipe (`| head`) ends the verb quietly.
 
     Args:
       main: the verb; gets the overrides ("--config.section.field=value").
@@ -58,6 +58,12 @@ def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = Fa
         sys.stdout.flush()
     except UserError as error:
         sys.exit(f"{verb}: {error}")
+    except Preempted as stop:
+        print(
+            f"\n{verb}: stopped by SIGTERM after step {stop.step}, which is saved; the same command goes on there",
+            file=sys.stderr,
+        )
+        sys.exit(143)  # as a shell tells of it
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush at exit fails again
         sys.exit(141)  # as a shell tells of SIGPIPE

@@ -1,6 +1,7 @@
 """How training looks on a screen: a few lines at the start, a progress bar, one line per look at valid."""
 
 import math
+import signal
 from typing import Any
 
 from launch.command import ProgressBar
@@ -8,16 +9,22 @@ from lm.training.train import Experiment, Listener
 
 
 class Console(Listener):
-    """Prints; `label` stands before each line where several runs share a screen."""
+    """Prints; `label` stands before each line where several runs share a screen.
+
+    From the start to `close`, SIGTERM (a scheduler that wants its machine back) asks training to save and stop; a second one
+    ends the process at once.
+    """
 
     def __init__(self, label: str = ""):
         self._label = f"{label}: " if label else ""
         self._bar = self._context = None
         self._rate = ""
+        self._is_asked_to_stop, self._before = False, None
 
     def started(self, experiment: Experiment, step: int) -> None:
         config = experiment.config
         print(f"{self._label}{describe(experiment)}", flush=True)
+        self._before = signal.signal(signal.SIGTERM, self._terminate)
         if config.model.architecture == "ngram":
             return
         if step:
@@ -38,12 +45,21 @@ class Console(Listener):
                 f"valid perplexity {line['perplexity']:.2f}"
             )
 
+    def is_asked_to_stop(self) -> bool:
+        return self._is_asked_to_stop
+
+    def _terminate(self, *_):
+        self._is_asked_to_stop = True
+        signal.signal(signal.SIGTERM, self._before)
+
     def _write(self, text):
         self._bar.clear()
         print(text, flush=True)
 
     def close(self) -> None:
-        """Takes the bar off the screen."""
+        """Takes the bar off the screen, and SIGTERM ends the process again."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
         if self._context is not None:
             self._context.__exit__()
 

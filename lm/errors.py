@@ -1,4 +1,4 @@
-"""The one exception that a person is meant to read."""
+"""The exceptions that are no faults of the code."""
 
 
 class UserError(Exception):
@@ -6,3 +6,15 @@ class UserError(Exception):
 
     The verbs print the message without a traceback and exit with code 1.
     """
+
+
+class Preempted(Exception):
+    """Training was asked to stop, has done so after a whole step, and has saved it; the same command goes on.
+
+    Attributes:
+      step: the last one done.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}")
+        self.step = step

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, changed, compilations_shared, config_file, draft, refused, write_corpus
 
+from lm.errors import Preempted
 from lm.runs.checkpoint import Checkpoints
 from lm.runs.folder import RunFolder
 from lm.runs.open import open_run
@@ -206,6 +207,29 @@ def wait_for_checkpoints(process, workdir, number):
     pytest.fail("no checkpoint within minutes")
 
 
+@pytest.mark.parametrize("name", ["lstm", "transformer"])
+def test_asked_to_stop_a_run_saves_the_step_and_ends_the_same(name, runs, tmp_path):
+    """Right before and after a log, a look and a checkpoint, twice in a row, and at the last step, which ends the run as ever."""
+    config, whole = runs[name]
+
+    class AskAt(Listener):
+        def __init__(self, step):
+            self.asked_at, self.step = step, None
+
+        def stepped(self, step):
+            self.step = step
+
+        def is_asked_to_stop(self):
+            return self.step == self.asked_at
+
+    for at in (1, 2, 3, 7, 13, 55):
+        with pytest.raises(Preempted, match=f"stopped after step {at}$"):
+            train(config, str(tmp_path), AskAt(at))
+        assert Checkpoints(tmp_path / "checkpoints").latest_sound() == at
+    train(config, str(tmp_path), AskAt(60))
+    assert_same_outcome(outcome(whole), outcome(tmp_path))
+
+
 def broken_off(config_path, workdir, checkpoint, with_signal):
     """Launches a run and signals it some time after a checkpoint; returns its exit code and standard error."""
     for _ in range(5):
@@ -222,16 +246,19 @@ def broken_off(config_path, workdir, checkpoint, with_signal):
 
 @pytest.mark.parametrize("name", ["lstm", "transformer"])
 def test_killed_at_any_moment_a_run_ends_the_same(name, runs, tmp_path):
-    """With SIGKILL, through the verb; the LSTM before that with Ctrl-C. The end is trained in this process."""
+    """With SIGKILL, through the verb; the LSTM before that with Ctrl-C and SIGTERM. The end is trained in this process."""
     config, whole = runs[name]
     path, workdir = config_file(tmp_path / "config.py", config), tmp_path / "run"
     if name == "lstm":
         code, err = broken_off(path, workdir, 4, signal.SIGINT)
         assert code == 130 and "interrupted" in err and "goes on from the last checkpoint" in err
         assert "Traceback" not in err
-    code, _ = broken_off(path, workdir, 14, signal.SIGKILL)
+        code, err = broken_off(path, workdir, 28, signal.SIGTERM)
+        saved = Checkpoints(workdir / "checkpoints").latest_sound()
+        assert code == 143 and f"stopped by SIGTERM after step {saved}, which is saved" in err and "Traceback" not in err
+    code, _ = broken_off(path, workdir, 42, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    assert 14 <= Checkpoints(workdir / "checkpoints").latest_sound() < 60
+    assert 42 <= Checkpoints(workdir / "checkpoints").latest_sound() < 60
     train(config, str(workdir))
     assert_same_outcome(outcome(whole), outcome(workdir))
     assert not list((workdir / "checkpoints").glob("*.partial"))

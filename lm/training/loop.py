@@ -9,6 +9,7 @@ import numpy as np
 
 from lm.config import Config
 from lm.data.batches import BatchSource, prefetch
+from lm.errors import Preempted
 from lm.parallel import Placement
 from lm.runs.checkpoint import Checkpoints
 from lm.training.metrics import stop_if_not_finite, stop_if_valid_is_not_finite, train_figures
@@ -30,6 +31,7 @@ def run_loop(
     checkpoints: Checkpoints,
     record: Callable[[dict[str, Any]], None],
     on_step: Callable[[int], None] = lambda step: None,
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Progress:
     """Trains to the end.
 
@@ -40,9 +42,11 @@ def run_loop(
       schedule: step -> learning rate, before the plateau's factor.
       record: takes a line of metrics.
       on_step: called after each step was dispatched.
+      is_asked_to_stop: asked after each step.
 
     Raises:
       UserError: a non-finite loss or gradient; the last checkpoint stays.
+      Preempted: it was asked to stop; the step is saved.
     """
     training, optimizer, start = config.training, config.optimizer, int(state.step)
     progress.finished = False  # of a run that had ended more steps may be asked
@@ -57,9 +61,9 @@ def run_loop(
     for step, rows in enumerate(prefetch(batch, start, training.num_steps, config.data.prefetch), start + 1):
         state, carry = step_fn(state, carry, rows)
         on_step(step)
-        last = step == training.num_steps
+        last, stops = step == training.num_steps, is_asked_to_stop()
         looks = last or step % training.evaluate_every_steps == 0
-        saves = (training.checkpoint_every_steps and step % training.checkpoint_every_steps == 0) or looks
+        saves = (training.checkpoint_every_steps and step % training.checkpoint_every_steps == 0) or looks or stops
         logs = last or step % training.log_every_steps == 0
         if not (looks or saves or logs):
             continue
@@ -90,5 +94,7 @@ def run_loop(
             checkpoints.save(step, host.params, rest, dataclasses.asdict(progress))
         if progress.finished:
             break
+        if stops:
+            raise Preempted(step)
         mark = time.perf_counter()
     return progress

@@ -78,6 +78,10 @@ class Listener:
     def recorded(self, line: dict[str, Any]) -> None:
         """A line was added to metrics.jsonl."""
 
+    def is_asked_to_stop(self) -> bool:
+        """Whether training is to save and end after this step."""
+        return False
+
 
 def prepare(draft: Config, folder: RunFolder | None = None) -> Experiment:
     """Resolves a config, reads its data and builds its model.
@@ -127,6 +131,7 @@ def train(draft: Config, workdir: str, listener: Listener | None = None) -> Trai
 
     Raises:
       UserError: bad config, text or folder; another experiment's folder; a non-finite loss.
+      Preempted: the listener asked to stop.
     """
     listener = listener or Listener()
     folder = RunFolder(workdir)
@@ -194,6 +199,7 @@ def _train(draft, experiment, folder, checkpoints, listener):
                 checkpoints=checkpoints,
                 record=log.record,
                 on_step=listener.stepped,
+                is_asked_to_stop=listener.is_asked_to_stop,
             )
         checkpoints.wait()
         step = checkpoints.steps()[-1]
