@@ -45,6 +45,10 @@ class Console(Listener):
                 f"valid perplexity {line['perplexity']:.2f}"
             )
 
+    def rolled_back(self, bad_step: int, step: int) -> None:
+        self._write(f"{self._label}step {bad_step} was bad: going on from step {step}, without its batch")
+        self._bar.update(step - self._bar.n)
+
     def is_asked_to_stop(self) -> bool:
         return self._is_asked_to_stop
 

@@ -274,6 +274,15 @@ class TrainingConfig(Section):
     checkpoint_every_steps: int | None = setting(
         None, "steps between further checkpoints; None: only after evaluations", at_least=1, resumable=True
     )
+    on_bad_step: str = setting(
+        "stop",
+        "after a step with a non-finite loss, gradient or update: end the run, leave the update out, or go back to the last "
+        "checkpoint and leave the batch out",
+        choices=("stop", "skip", "rollback"),
+    )
+    spike_nats: float | None = setting(
+        None, "a step is bad, too, whose loss lies so many nats per token above the recent mean; None: never", above=0
+    )
     early_stopping: int | None = setting(None, "evaluations without improvement after which training ends", at_least=1)
     init_from: str | None = setting(None, "workdir of a run whose best parameters are the start")
 

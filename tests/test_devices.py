@@ -87,7 +87,7 @@ def test_the_steps_compared_were_real_ones(emulated, architecture):
     """Parameters move, every step is clipped, weights are uneven, and dropout makes a difference."""
     found = emulated[architecture]
     last = found[1]["log_sums"][-1]
-    assert last["steps"] == STEPS and last["clipped"] == STEPS and last["non_finite_step"] == 0
+    assert last["steps"] == STEPS and last["clipped"] == STEPS and last["bad_step"] == 0
     np.testing.assert_allclose(last["update_norm"], LIMIT * STEPS, rtol=1e-5)  # at rate one
     np.testing.assert_allclose(last["weight"], found["weight"], rtol=1e-6)
     assert abs(found["loss without dropout"] - found[1]["log_sums"][0]["loss"]) > 0.1

@@ -303,25 +303,30 @@ def test_another_experiment_is_refused(runs, corpus, tmp_path):
         train(config, str(workdir))
 
 
+def poisoned(*steps):
+    """As lm.data.batches.batches, but the losses of some steps are not finite."""
+    whole = training.batches
+
+    def make(*args):
+        source = whole(*args)
+        batch = source.batch
+
+        def poison(step, rows):
+            found = batch(step, rows)
+            return found.replace(loss_weights_BT=found.loss_weights_BT * np.nan) if step + 1 in steps else found
+
+        source.batch = poison
+        return source
+
+    return make
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(corpus, tmp_path, monkeypatch):
     """One batch is poisoned: the run names the step, and its checkpoints are from before."""
     config = lstm(corpus, training__num_steps=15)
-    whole = training.batches
-
-    def poisoned(*args):
-        source = whole(*args)
-        make = source.batch
-
-        def batch(step, rows):
-            found = make(step, rows)
-            return found.replace(loss_weights_BT=found.loss_weights_BT * np.nan) if step + 1 == 11 else found
-
-        source.batch = batch
-        return source
-
     closed, close = [], training.MetricsLog.close
     with monkeypatch.context() as patch:
-        patch.setattr(training, "batches", poisoned)
+        patch.setattr(training, "batches", poisoned(11))
         patch.setattr(training.MetricsLog, "close", lambda log: closed.append(close(log)))
         with refused(
             "loss, gradient or update of step 11 is not finite",
@@ -336,6 +341,44 @@ def test_a_loss_that_is_not_finite_ends_the_run(corpus, tmp_path, monkeypatch):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(checkpoints.params(8)))
     assert [line["step"] for line in RunFolder(tmp_path).read_metrics()] == [3, 6, 7, 9]
     assert train(config, str(tmp_path)).step == 15  # the batch was at fault, not the run
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_bad_steps_are_left_out_and_the_run_goes_on(policy, corpus, tmp_path, monkeypatch):
+    """Also when it is broken off right after one; both policies come to the same model."""
+    monkeypatch.setattr(training, "batches", poisoned(2, 11, 12))  # one before the first checkpoint
+    config = lstm(corpus, training__num_steps=18, training__on_bad_step=policy)
+    back = []
+
+    class Noting(Listener):
+        def rolled_back(self, bad_step, step):
+            back.append((bad_step, step))
+
+    train(config, str(tmp_path / policy), Noting())
+    assert back == ([(2, 0), (11, 8), (12, 8)] if policy == "rollback" else [])
+    lines = list(RunFolder(tmp_path / policy).read_metrics())
+    assert [(line["step"], line["skipped_steps"]) for line in lines if "skipped_steps" in line] == [(3, 1), (12, 2)]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+
+    for at in (11, 13):
+        interrupt(config, tmp_path / "broken off", at)
+    train(config, str(tmp_path / "broken off"))
+    assert_same_outcome(outcome(tmp_path / policy), outcome(tmp_path / "broken off"))
+
+    other = lstm(corpus, training__num_steps=18, training__on_bad_step="skip")
+    train(other, str(tmp_path / "skipped"))
+    ends = [outcome(tmp_path / name) for name in (policy, "skipped")]
+    names = [name for name in ends[0] if name[0] == 18 and name[1] == "params"]
+    assert names and all(ends[0][name] == ends[1][name] for name in names)
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_run_of_bad_steps_alone_is_given_up(policy, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "batches", poisoned(*range(9, 60)))
+    config = lstm(corpus, training__on_bad_step=policy)
+    with refused("steps, one soon after the other, was bad", "the checkpoint of step"):
+        train(config, str(tmp_path))
+    assert Checkpoints(tmp_path / "checkpoints").latest_sound() <= 21
 
 
 def test_a_huge_learning_rate_ends_the_run(corpus, tmp_path):

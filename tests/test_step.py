@@ -46,6 +46,8 @@ def compiled_step(config, objective):
         total=lambda tree: tree,
         dropout_key=dropout_key(config),
         num_micro_batches=config.training.num_micro_batches,
+        on_bad_step=config.training.on_bad_step,
+        spike_nats=config.training.spike_nats,
     )
     return optimizer, jax.jit(step)
 
@@ -73,8 +75,9 @@ def bigram(tiny):
 
     @functools.cache
     def make(**fields):
-        optimizer, step = compiled_step(tiny("lstm", **(PLAIN | fields)), bigrams)
-        return initial_state(params, optimizer), step
+        config = tiny("lstm", **(PLAIN | fields))
+        optimizer, step = compiled_step(config, bigrams)
+        return initial_state(params, optimizer, config.training), step
 
     return make
 
@@ -206,7 +209,7 @@ def test_the_first_step_with_a_loss_that_is_not_finite_is_named(bigram, batch):
     named = []
     for rows in (batch, batch, bad, batch):
         state, _ = step(state, None, rows)
-        named.append(int(state.log_sums["non_finite_step"]))
+        named.append(int(state.log_sums["bad_step"]))
     assert named == [0, 0, 3, 3]
 
 
@@ -218,7 +221,50 @@ def test_a_gradient_that_is_not_finite_is_named_though_the_loss_is(tiny, batch):
     optimizer, step = compiled_step(tiny("lstm", **PLAIN), square_root)
     for start, named in ((0.25, 0), (0.0, 1)):
         state, _ = step(initial_state({"stack": {"kernel": jnp.float32(start)}}, optimizer), None, batch)
-        assert float(state.log_sums["loss"]) == math.sqrt(start) and int(state.log_sums["non_finite_step"]) == named
+        assert float(state.log_sums["loss"]) == math.sqrt(start) and int(state.log_sums["bad_step"]) == named
+
+
+def test_a_bad_step_is_left_out_where_that_is_asked_for(bigram, batch):
+    """All but the count of steps is as if it had not been; what had been good before and after counts alone."""
+    bad = batch.replace(loss_weights_BT=np.full((B, T), np.nan, np.float32), reset_B=np.array([True, False, False, False]))
+    for fields in ({}, {"optimizer__name": "adam", "training__num_micro_batches": 2}):
+        state, step = bigram(training__on_bad_step="skip", **fields)
+        carry = np.ones((B, 3), np.float32)
+        before, carry = step(state, carry, batch)
+        after, found = step(before, carry, bad)
+        for part in ("params", "opt_state"):
+            jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(before, part))
+        expected = {**before.log_sums, "skipped_steps": 1}
+        assert {name: float(value) for name, value in after.log_sums.items()} == {n: float(v) for n, v in expected.items()}
+        assert int(after.step) == 2 and int(after.log_sums["steps"]) == 1
+        np.testing.assert_array_equal(found, carry * np.array([[0], [1], [1], [1]]))  # the next batch does not see the text before
+
+        plain, plain_step = bigram(**fields)
+        want, _ = plain_step(plain_step(plain, carry, batch)[0].replace(step=jnp.int32(2)), carry, batch)
+        last, _ = step(after, carry, batch)
+        jax.tree.map(np.testing.assert_array_equal, last.params, want.params)
+
+
+def test_a_loss_far_above_the_recent_mean_is_a_bad_step(bigram, batch):
+    """Once the mean has had time; the mean itself does not follow a spike."""
+    state, step = bigram(training__spike_nats=1.0, training__on_bad_step="skip", optimizer__learning_rate=1e-3)
+    unlikely = jnp.argmin(state.params["stack"]["kernel"] + state.params["output"]["bias"], axis=1)
+    spike = batch.replace(targets_BT=np.asarray(unlikely)[batch.inputs_BT])
+    early, _ = step(state, None, spike)
+    assert int(early.log_sums["skipped_steps"]) == 0
+    losses = []
+    for _ in range(60):
+        before = float(state.log_sums["loss"])
+        state, _ = step(state, None, batch)
+        losses.append((float(state.log_sums["loss"]) - before) / batch.loss_weights_BT.sum())
+    assert int(state.log_sums["skipped_steps"]) == 0
+    mean = 0.0
+    for number, loss in enumerate(losses, 1):
+        mean += max(0.02, 1 / number) * (loss - mean)
+    assert float(state.recent_loss) == pytest.approx(mean, abs=1e-4)
+    after, _ = step(state, None, spike)
+    assert int(after.log_sums["skipped_steps"]) == 1 and float(after.recent_loss) == float(state.recent_loss)
+    assert int(step(after, None, batch)[0].log_sums["skipped_steps"]) == 1
 
 
 def test_sums_go_on_from_step_to_step(bigram, batch):
@@ -236,7 +282,7 @@ def test_a_batch_that_does_not_count_breaks_nothing(bigram, batch, name):
     state, step = bigram(optimizer__name=name)
     after, _ = step(state, None, batch.replace(loss_weights_BT=np.zeros((B, T), np.float32)))
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
-    assert float(after.log_sums["weight"]) == 0 and int(after.log_sums["non_finite_step"]) == 0
+    assert float(after.log_sums["weight"]) == 0 and int(after.log_sums["bad_step"]) == 0
     assert int(after.step) == 1
 
 

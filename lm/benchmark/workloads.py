@@ -131,7 +131,7 @@ class Training:
         self.tokens_per_unit = float(source.tokens_per_step)
         optimizer, _ = optimizers.build(config, source.steps_per_epoch)
         self._step = compile_step(config, model, optimizer, placement)
-        state = initial_state(initialise(model, config.seed), optimizer)
+        state = initial_state(initialise(model, config.seed), optimizer, config.training)
         carry = model.initial_carry(config.data.batch_size) if source.carries else None
         self.state, self._carry = placement.put_state(state), placement.put_rows(carry)
         self._placement = placement
@@ -159,9 +159,9 @@ class Training:
 
     def _mean_loss(self):
         sums = self._placement.get_state(self.state.log_sums)
-        if sums["non_finite_step"]:
+        if sums["bad_step"]:
             raise UserError(
-                f"the loss or gradient of step {int(sums['non_finite_step'])} is not finite, so nothing measured here would "
+                f"the loss or gradient of step {int(sums['bad_step'])} is not finite, so nothing measured here would "
                 "count; try a smaller config.optimizer.learning_rate"
             )
         return float(sums["loss"]) / float(sums["weight"])

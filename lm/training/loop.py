@@ -12,7 +12,13 @@ from lm.data.batches import BatchSource, prefetch
 from lm.errors import Preempted
 from lm.parallel import Placement
 from lm.runs.checkpoint import Checkpoints
-from lm.training.metrics import stop_if_not_finite, stop_if_valid_is_not_finite, train_figures
+from lm.training.metrics import (
+    MOST_LEFT_OUT,
+    act_on_bad_step,
+    stop_for_many_bad_steps,
+    stop_if_valid_is_not_finite,
+    train_figures,
+)
 from lm.training.progress import Progress
 from lm.training.step import TrainState, empty_log
 
@@ -24,6 +30,7 @@ def run_loop(
     progress: Progress,
     *,
     step_fn: Callable,
+    skip_fn: Callable,
     source: BatchSource,
     placement: Placement,
     evaluate: Callable[[Any], dict[str, float]],
@@ -38,6 +45,7 @@ def run_loop(
     Args:
       state, carry: global, as they stand after `state.step` updates; carry None where segments start empty.
       step_fn: (state, carry, batch) -> (state, carry), compiled; donates its first two arguments.
+      skip_fn: the same for a step that is left out.
       evaluate: placed parameters -> figures of the quick look at valid.
       schedule: step -> learning rate, before the plateau's factor.
       record: takes a line of metrics.
@@ -45,7 +53,8 @@ def run_loop(
       is_asked_to_stop: asked after each step.
 
     Raises:
-      UserError: a non-finite loss or gradient; the last checkpoint stays.
+      UserError: a bad step; the last checkpoint stays.
+      RollBack: a bad step, where the config wants that.
       Preempted: it was asked to stop; the step is saved.
     """
     training, optimizer, start = config.training, config.optimizer, int(state.step)
@@ -59,7 +68,7 @@ def run_loop(
         return placement.put_rows(source.batch(step, slice(None)))
 
     for step, rows in enumerate(prefetch(batch, start, training.num_steps, config.data.prefetch), start + 1):
-        state, carry = step_fn(state, carry, rows)
+        state, carry = (skip_fn if step in progress.left_out else step_fn)(state, carry, rows)
         on_step(step)
         last, stops = step == training.num_steps, is_asked_to_stop()
         looks = last or step % training.evaluate_every_steps == 0
@@ -69,13 +78,16 @@ def run_loop(
             continue
         sums = placement.get_state(state.log_sums)  # waits for the device
         progress.seconds, mark = progress.seconds + time.perf_counter() - mark, time.perf_counter()
-        stop_if_not_finite(sums, schedule(step - 1) * scale, checkpoints)
+        act_on_bad_step(sums, training, schedule(step - 1) * scale, checkpoints)
         where = {"step": step, "tokens": int(step * tokens_per_step), "epoch": source.epoch(step - 1)}
         where["seconds"] = round(progress.seconds, 3)
         if logs:
             rate = float((step - logged[0]) * tokens_per_step) / max(progress.seconds - logged[1], 1e-9)
             rates = {"learning_rate": float(schedule(step - 1)) * scale, "tokens_per_second": round(rate, 1)}
             record({**where, "split": "train", **train_figures(sums), **rates})
+            progress.skipped_in_a_row = 0 if sums["steps"] else progress.skipped_in_a_row + int(sums["skipped_steps"])
+            if progress.skipped_in_a_row >= MOST_LEFT_OUT:
+                stop_for_many_bad_steps(progress.skipped_in_a_row, schedule(step - 1) * scale, checkpoints)
             state = state.replace(log_sums=placement.put_state(empty_log()))
             logged = (step, progress.seconds)
         if looks:

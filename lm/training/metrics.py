@@ -5,42 +5,77 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+from lm.config import TrainingConfig
 from lm.errors import UserError
 from lm.evaluation.perplexity import perplexity
 from lm.runs.checkpoint import Checkpoints
 from lm.runs.folder import RunFolder
 
+MOST_LEFT_OUT = 10  # steps, without a line of metrics or a checkpoint in between that has a good one
+
 
 def train_figures(sums: dict[str, Any]) -> dict[str, float]:
-    """A line of metrics from the sums since the last one: means over tokens (loss) and over steps (the others)."""
-    steps, loss = max(int(sums["steps"]), 1), float(sums["loss"]) / max(float(sums["weight"]), 1e-9)
+    """A line of metrics from the sums since the last one: means over tokens (loss) and over steps (the others), and the steps
+    that were left out, if any."""
+    steps, skipped = int(sums["steps"]), int(sums["skipped_steps"])
+    left_out = {"skipped_steps": skipped} if skipped else {}
+    if not steps:
+        return left_out
+    loss = float(sums["loss"]) / max(float(sums["weight"]), 1e-9)
     return {
         "loss": loss,
         "perplexity": perplexity(loss),
         "gradient_norm": float(sums["gradient_norm"]) / steps,
         "clipped_share": float(sums["clipped"]) / steps,
         "update_norm": float(sums["update_norm"]) / steps,
+        **left_out,
     }
 
 
-def stop_if_not_finite(sums: dict[str, Any], learning_rate: float, checkpoints: Checkpoints) -> None:
-    """Raises a UserError that names the step, if a loss, gradient or update since the last look was not finite."""
-    bad = int(sums["non_finite_step"])
-    if bad:
-        _stop(f"the loss, gradient or update of step {bad}", learning_rate, checkpoints)
+def act_on_bad_step(sums: dict[str, Any], training: TrainingConfig, learning_rate: float, checkpoints: Checkpoints) -> None:
+    """Ends the run, or goes back, if a step since the last look was bad and not left out.
+
+    Raises:
+      UserError: names the step.
+      RollBack: the same, where the config wants that.
+    """
+    step = int(sums["bad_step"])
+    if not step:
+        return
+    if training.on_bad_step == "rollback":
+        raise RollBack(step)
+    spike = f", or its loss lies {training.spike_nats} nats above the recent mean" if training.spike_nats is not None else ""
+    _stop(f"the loss, gradient or update of step {step}", f"is not finite{spike}", learning_rate, checkpoints)
+
+
+class RollBack(Exception):
+    """Training is to go on from the last checkpoint, without the batch of a step.
+
+    Attributes:
+      step: the bad one.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(f"step {step} was bad")
+        self.step = step
+
+
+def stop_for_many_bad_steps(number: int, learning_rate: float, checkpoints: Checkpoints) -> None:
+    """Raises a UserError: leaving steps out does not help a run that brings forth nothing else."""
+    _stop(f"the loss, gradient or update of {number} steps, one soon after the other,", "was bad", learning_rate, checkpoints)
 
 
 def stop_if_valid_is_not_finite(step: int, loss: float, learning_rate: float, checkpoints: Checkpoints) -> None:
     """Raises a UserError if the model after `step` has no finite loss on valid: its parameters are not worth saving."""
     if not math.isfinite(loss):
-        _stop(f"the loss on valid after step {step}", learning_rate, checkpoints)
+        _stop(f"the loss on valid after step {step}", "is not finite", learning_rate, checkpoints)
 
 
-def _stop(what, learning_rate, checkpoints):
+def _stop(what, problem, learning_rate, checkpoints):
     checkpoints.wait()
     kept = checkpoints.steps()
     raise UserError(
-        f"{what} is not finite (learning rate {float(learning_rate):.3g}); try a smaller config.optimizer.learning_rate, a "
+        f"{what} {problem} (learning rate {float(learning_rate):.3g}); try a smaller config.optimizer.learning_rate, a "
         "smaller config.optimizer.clip_norm or more config.optimizer.warmup_steps; "
         + (f"the checkpoint of step {kept[-1]} is kept" if kept else "there was no checkpoint yet")
     )

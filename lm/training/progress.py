@@ -14,6 +14,8 @@ class Progress:
       stalled_since_decay: looks since the best one or the last decay of the learning rate.
       seconds: spent on training steps so far.
       finished: whether training is over.
+      left_out: steps (from 1) whose batches are not trained on, since that went wrong once.
+      skipped_in_a_row: steps that were left out since the last line of metrics with a good one.
     """
 
     best_step: int | None = None
@@ -22,6 +24,8 @@ class Progress:
     stalled_since_decay: int = 0
     seconds: float = 0.0
     finished: bool = False
+    left_out: list[int] = dataclasses.field(default_factory=list)
+    skipped_in_a_row: int = 0
 
     def looked(self, step: int, loss: float) -> None:
         """Notes a look at valid."""

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from lm.config import Config, OptimizerConfig
+from lm.config import Config, OptimizerConfig, TrainingConfig
 from lm.objectives import Objective, reset_rows
 from lm.parallel import join_rows, split_rows
 from lm.training.optimizer import is_clipped
 
 Array = jax.Array
+
+_MEMORY = 0.98  # of the running mean of the loss, per step
+_SPIKES_AFTER = 50  # steps, in which the loss falls too fast for a mean to mean much
 
 
 @struct.dataclass
@@ -27,6 +30,7 @@ class TrainState:
       opt_state: optax's.
       controls: scalars that the loop decides, so that a change never retraces: `learning_rate_scale`.
       log_sums: sums since the last line of metrics, see `empty_log`.
+      recent_loss: running mean of the loss of good steps, nats per token; None where no spike is looked for.
     """
 
     step: Array
@@ -34,16 +38,18 @@ class TrainState:
     opt_state: Any
     controls: Mapping[str, Array]
     log_sums: Mapping[str, Array]
+    recent_loss: Array | None = None
 
 
 def empty_log() -> dict[str, Array]:
     """Sums that a line of metrics is made of: loss (nats) and weight (tokens); over steps the gradient's norm before
-    clipping, clipped steps, the update's norm; and the first step (from 1) with a non-finite loss, gradient or update, or 0."""
+    clipping, clipped steps, the update's norm; steps left out, which count in nothing else; and the first bad step (from 1) that
+    was not left out, or 0."""
     zeros = {name: jnp.zeros(()) for name in ("loss", "weight", "gradient_norm", "clipped", "update_norm")}
-    return {**zeros, "steps": jnp.zeros((), jnp.int32), "non_finite_step": jnp.zeros((), jnp.int32)}
+    return {**zeros, **{name: jnp.zeros((), jnp.int32) for name in ("steps", "skipped_steps", "bad_step")}}
 
 
-def initial_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+def initial_state(params, optimizer: optax.GradientTransformation, training: TrainingConfig | None = None) -> TrainState:
     """The state before the first step."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -51,7 +57,14 @@ def initial_state(params, optimizer: optax.GradientTransformation) -> TrainState
         opt_state=optimizer.init(params),
         controls={"learning_rate_scale": jnp.ones(())},
         log_sums=empty_log(),
+        recent_loss=jnp.zeros(()) if training is not None and training.spike_nats is not None else None,
     )
+
+
+def skip_step(state: TrainState) -> TrainState:
+    """The state after a step that was left out."""
+    log = state.log_sums
+    return state.replace(step=state.step + 1, log_sums={**log, "skipped_steps": log["skipped_steps"] + 1})
 
 
 def dropout_key(config: Config) -> Array:
@@ -75,6 +88,8 @@ def train_step(
     total: Callable,
     dropout_key: Array,
     num_micro_batches: int = 1,
+    on_bad_step: str = "stop",
+    spike_nats: float | None = None,
 ) -> tuple[TrainState, Any]:
     """One update.
 
@@ -90,9 +105,12 @@ def train_step(
       total: sum over devices.
       dropout_key: of the run; see `dropout_key`.
       num_micro_batches: parts the local rows are cut into, one after the other; the gradients are the same.
+      on_bad_step: "skip" leaves a bad step out here; otherwise it is noted.
+      spike_nats: see TrainingConfig; needs a state with `recent_loss`.
     """
     key = jax.random.fold_in(dropout_key, state.step)
     carry = reset_rows(carry, batch.reset_B)
+    skipped = skip_step(state), carry
     gradients_of = jax.grad(functools.partial(_objective_and_sums, objective, key), has_aux=True)
 
     if num_micro_batches == 1:
@@ -118,9 +136,16 @@ def train_step(
     updates = jax.tree.map(lambda u: u * state.controls["learning_rate_scale"], updates)
     update_norm = optax.global_norm(updates)
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
+    good = finite
+    if spike_nats is not None:
+        loss, recent = sums["loss"] / weight, state.recent_loss
+        good &= (state.step < _SPIKES_AFTER) | (loss < recent + spike_nats)
+        # a plain mean at first, so that it does not start at zero
+        share = jnp.maximum(1 - _MEMORY, 1 / (state.step + 1.0))
+        state = state.replace(recent_loss=jnp.where(good, recent + share * (loss - recent), recent))
     step = state.step + 1
     log = state.log_sums
-    already = log["non_finite_step"]
+    already = log["bad_step"]
     log_sums = {
         "loss": log["loss"] + sums["loss"],
         "weight": log["weight"] + sums["weight"],
@@ -128,9 +153,12 @@ def train_step(
         "clipped": log["clipped"] + is_clipped(settings, gradients, gradient_norm),
         "update_norm": log["update_norm"] + update_norm,
         "steps": log["steps"] + 1,
-        "non_finite_step": jnp.where((already == 0) & ~finite, step, already),
+        "skipped_steps": log["skipped_steps"],
+        "bad_step": jnp.where((already == 0) & ~good, step, already),
     }
     state = state.replace(step=step, params=optax.apply_updates(state.params, updates), opt_state=opt_state, log_sums=log_sums)
+    if on_bad_step == "skip":
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), (state, carry), skipped)
     return state, carry
 
 

@@ -19,16 +19,16 @@ from lm.evaluation.scorers import neural_scorer
 from lm.models.build import build, count_params, initialise, solve_widths
 from lm.models.language_model import LanguageModel
 from lm.models.ngram import Ngram
-from lm.objectives import causal_language_model
+from lm.objectives import causal_language_model, reset_rows
 from lm.parallel import Placement, device_summary, place
 from lm.runs.checkpoint import Checkpoints, check_like
 from lm.runs.folder import RunFolder
 from lm.runs.open import open_run, parameter_shapes
 from lm.training import optimizer as optimizers
 from lm.training.loop import run_loop
-from lm.training.metrics import MetricsLog
+from lm.training.metrics import MOST_LEFT_OUT, MetricsLog, RollBack, stop_for_many_bad_steps
 from lm.training.progress import Progress
-from lm.training.step import TrainState, dropout_key, initial_state, train_step
+from lm.training.step import TrainState, dropout_key, initial_state, skip_step, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,9 @@ class Listener:
 
     def recorded(self, line: dict[str, Any]) -> None:
         """A line was added to metrics.jsonl."""
+
+    def rolled_back(self, bad_step: int, step: int) -> None:
+        """A step was bad; training goes on from the checkpoint of another, and will leave the bad one's batch out."""
 
     def is_asked_to_stop(self) -> bool:
         """Whether training is to save and end after this step."""
@@ -185,25 +188,42 @@ def _train(draft, experiment, folder, checkpoints, listener):
     if step < config.training.num_steps and not progress.out_of_patience(config.training.early_stopping):
         _begin(draft, experiment, folder, device_summary(placement))
         listener.started(experiment, step)
-        with contextlib.closing(MetricsLog(folder, step, listener.recorded)) as log:
-            progress = run_loop(
-                config,
-                state,
-                carry,
-                progress,
-                step_fn=compile_step(config, model, optimizer, placement),
-                source=source,
-                placement=placement,
-                evaluate=quick_look(config, model, experiment.valid, placement),
-                schedule=schedule,
-                checkpoints=checkpoints,
-                record=log.record,
-                on_step=listener.stepped,
-                is_asked_to_stop=listener.is_asked_to_stop,
-            )
+        run = functools.partial(
+            run_loop,
+            config,
+            step_fn=compile_step(config, model, optimizer, placement),
+            skip_fn=placement.compile(_skip, ("state", "rows"), donate=(0, 1)),
+            source=source,
+            placement=placement,
+            evaluate=quick_look(config, model, experiment.valid, placement),
+            schedule=schedule,
+            checkpoints=checkpoints,
+            on_step=listener.stepped,
+            is_asked_to_stop=listener.is_asked_to_stop,
+        )
+        done = None
+        while done is None:
+            try:
+                with contextlib.closing(MetricsLog(folder, step, listener.recorded)) as log:
+                    done = run(state, carry, progress, record=log.record)
+            except RollBack as bad:
+                checkpoints.wait()
+                left_out = [*progress.left_out, bad.step]
+                state, carry, progress, step = _restore(config, model, optimizer, source, checkpoints)
+                progress.left_out = left_out
+                since = sum(left > step for left in left_out)
+                if since >= MOST_LEFT_OUT:
+                    stop_for_many_bad_steps(since, schedule(step), checkpoints)
+                listener.rolled_back(bad.step, step)
+        progress = done
         checkpoints.wait()
         step = checkpoints.steps()[-1]
     return Trained(step, progress.best_step, progress.best_loss, int(step * source.tokens_per_step), progress.seconds)
+
+
+def _skip(state, carry, batch):
+    """As a step whose batch is not trained on."""
+    return skip_step(state), reset_rows(carry, batch.reset_B)
 
 
 def compile_step(config: Config, model: LanguageModel, optimizer, placement: Placement):
@@ -216,6 +236,8 @@ def compile_step(config: Config, model: LanguageModel, optimizer, placement: Pla
         total=placement.total,
         dropout_key=dropout_key(config),
         num_micro_batches=config.training.num_micro_batches,
+        on_bad_step=config.training.on_bad_step,
+        spike_nats=config.training.spike_nats,
     )
     return placement.compile(step, ("state", "rows"), donate=(0, 1))
 
@@ -230,7 +252,7 @@ def step_memory(experiment: Experiment, placement: Placement) -> dict[str, int]:
     config, model = experiment.config, experiment.model
     source = batches(config, experiment.train)
     optimizer, _ = optimizers.build(config, source.steps_per_epoch)
-    like = placement.state_like(jax.eval_shape(lambda: initial_state(initialise(model, config.seed), optimizer)))
+    like = placement.state_like(jax.eval_shape(lambda: initial_state(initialise(model, config.seed), optimizer, config.training)))
     carry = model.initial_carry(config.data.batch_size) if source.carries else None
     rows = placement.put_rows(jax.device_get(carry)), placement.put_rows(source.batch(0, slice(None)))
     found = compile_step(config, model, optimizer, placement).lower(like, *rows).compile().memory_analysis()
@@ -241,7 +263,7 @@ def step_memory(experiment: Experiment, placement: Placement) -> dict[str, int]:
 def _restore(config, model, optimizer, source: BatchSource, checkpoints) -> tuple[TrainState, Any, Progress, int]:
     """State, carry and progress to go on from: of the latest sound checkpoint, of another run's parameters, or fresh."""
     params = initialise(model, config.seed)
-    state = initial_state(params, optimizer)
+    state = initial_state(params, optimizer, config.training)
     carry = model.initial_carry(config.data.batch_size) if source.carries else None
     step = checkpoints.latest_sound()
     if step is not None:
@@ -251,7 +273,7 @@ def _restore(config, model, optimizer, source: BatchSource, checkpoints) -> tupl
     if config.training.init_from:
         run = open_run(config.training.init_from)
         check_like(params, run.params, f"config.training.init_from {config.training.init_from!r}")
-        state = initial_state(run.params, optimizer)
+        state = initial_state(run.params, optimizer, config.training)
     return state, carry, Progress(), 0
 
 
