@@ -10,6 +10,8 @@ import dataclasses
 import os
 import pathlib
 import re
+import subprocess
+import sys
 
 from absl import flags
 
@@ -35,9 +37,11 @@ def main(overrides):
 
     folder, started, left = pathlib.Path(FLAGS.folder), time.monotonic(), 0
     check_writable(folder / "README.md")
-    if not any(FLAGS.only in measurement.name for measurement in SUITES[FLAGS.suite]()):
+    measurements = SUITES[FLAGS.suite]()
+    if not any(FLAGS.only in measurement.name for measurement in measurements):
         raise UserError(f"--only={FLAGS.only} is in no name of the {FLAGS.suite} suite; configs/benchmark/_suites.py has them")
-    for number, measurement in enumerate(SUITES[FLAGS.suite]()):
+    can_measure = FLAGS.suite != "gpu" or platform() == "gpu"
+    for number, measurement in enumerate(measurements if can_measure else ()):
         path = folder / f"{re.sub(r'[^a-z0-9]+', '_', measurement.name.lower()).strip('_')}.json"
         if path.exists() or FLAGS.only not in measurement.name:
             continue
@@ -47,9 +51,18 @@ def main(overrides):
         print(measurement.name, flush=True)
         result = measure(measurement)
         write_json(path, {**result, "measurement": {**dataclasses.asdict(measurement), "number": number}})
-    page = write_page(folder, f"Speed: the {FLAGS.suite} suite")
+    shown = f"python -m launch.suite --suite={FLAGS.suite} --folder={FLAGS.folder}"
+    page = write_page(folder, f"Speed: the {FLAGS.suite} suite", [dataclasses.asdict(m) for m in measurements], shown)
+    if not can_measure:
+        raise UserError(f"the gpu suite needs a GPU, and JAX sees none here; {page} says what is not yet measured")
     print(f"page: {page}" + (f"; {left} measurements are left, the same command goes on" if left else ""))
     return {"page": str(page), "left": left}
+
+
+def platform():
+    """What JAX finds, asked in a process of its own: one that holds a GPU's memory would stand in the way."""
+    asked = "import jax; print(jax.default_backend())"
+    return subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def measure(measurement):

@@ -237,7 +237,9 @@ def test_a_bad_step_is_left_out_where_that_is_asked_for(bigram, batch):
         expected = {**before.log_sums, "skipped_steps": 1}
         assert {name: float(value) for name, value in after.log_sums.items()} == {n: float(v) for n, v in expected.items()}
         assert int(after.step) == 2 and int(after.log_sums["steps"]) == 1
-        np.testing.assert_array_equal(found, carry * np.array([[0], [1], [1], [1]]))  # the next batch does not see the text before
+        np.testing.assert_array_equal(
+            found, carry * np.array([[0], [1], [1], [1]])
+        )  # the next batch does not see the text before
 
         plain, plain_step = bigram(**fields)
         want, _ = plain_step(plain_step(plain, carry, batch)[0].replace(step=jnp.int32(2)), carry, batch)

@@ -73,8 +73,15 @@ def test_the_page_says_what_the_files_say(tmp_path):
         ),
     ]
     write(tmp_path, results)
-    text = page.write_page(tmp_path, "Speed").read_text()
-    assert text.startswith("# Speed\n\n## Training\n")
+    suite = [*(found["measurement"] | {"mode": found["mode"]} for found in results)]
+    suite += [
+        {"name": "generate: LSTM", "mode": "generate", "axis": None, "floor": 3.0},
+        {"name": "batch size 4: gru", "mode": "train", "axis": "batch size", "floor": None},
+    ]
+    text = page.write_page(tmp_path, "Speed", suite, "python -m this").read_text()
+    assert text.startswith("# Speed\n\n`python -m this`\n\n## Training\n")
+    assert "| LSTM | not yet measured |  |  | 3.00 |  |  |  |  |" in text.splitlines()
+    assert "Points of the curves that are not yet measured: 1." in text.splitlines()
     row = "| LSTM 2 × 200 | 12,000 | 8,000 | **1.50** | 1.80 | 10,000 (compiled) | 1.20 | 500 MiB, 700 MiB | 42% |"
     assert row in text.splitlines()
     assert "| RNN | 12,345 |  |  |  |  |  | 501 MiB | 42% |" in text.splitlines()
@@ -119,6 +126,14 @@ def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch, capsys):
     assert measured[:4] == [f"width 64: {name}" for name in ARCHITECTURES]
     assert len(measured) == len(set(measured)) == 20
     assert len(list(tmp_path.glob("*.json"))) == 20 and (tmp_path / "width.png").exists()
+
+
+def test_where_there_is_no_gpu_its_page_says_what_is_not_yet_measured(tmp_path):
+    (done,) = call_verbs([["launch.suite", "--suite=gpu", f"--folder={tmp_path / 'gpu'}"]], tmp_path)
+    assert done.code == 1 and "the gpu suite needs a GPU" in done.err
+    text = (tmp_path / "gpu" / "README.md").read_text()
+    assert text.count("not yet measured") == len(SUITES["gpu"]()) and "| LSTM 2 × 1500, 20 × 35 | not yet measured |" in text
+    assert f"`python -m launch.suite --suite=gpu --folder={tmp_path / 'gpu'}`" in text
 
 
 def test_a_suite_without_a_folder_or_with_an_unknown_name_is_refused(tmp_path):

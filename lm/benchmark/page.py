@@ -39,13 +39,19 @@ def read_results(folder: pathlib.Path) -> list[Result]:
     return [result for _, result in sorted(found, key=lambda pair: pair[0])]
 
 
-def write_page(folder: pathlib.Path, heading: str) -> pathlib.Path:
-    """Writes README.md and the plots beside the folder's results; returns the page's path."""
+def write_page(folder: pathlib.Path, heading: str, suite: Sequence[Mapping[str, Any]], command: str) -> pathlib.Path:
+    """Writes README.md and the plots beside the folder's results; returns the page's path.
+
+    Args:
+      suite: all its measurements in order; what is not there yet stands as not yet measured.
+      command: what measures it.
+    """
     results = read_results(folder)
-    lines = [f"# {heading}", ""]
-    rows = [result for result in results if result["measurement"]["axis"] is None]
+    found = {result["measurement"]["name"]: result for result in results}
+    lines = [f"# {heading}", "", f"`{command}`", ""]
+    rows = [found.get(wanted["name"], {"measurement": wanted, "mode": wanted["mode"]}) for wanted in suite if not wanted["axis"]]
     for mode, title in _TITLES.items():
-        chosen = [result for result in rows if result["mode"] == mode]
+        chosen = [row for row in rows if row["mode"] == mode]
         if chosen:
             lines += [f"## {title}", "", *table(chosen), ""]
     points = [result for result in results if result["measurement"]["axis"] is not None]
@@ -53,21 +59,31 @@ def write_page(folder: pathlib.Path, heading: str) -> pathlib.Path:
         name = f"{axis.replace(' ', '_')}.png"
         curves(list(group), axis).savefig(folder / name, dpi=120)
         lines += [f"## By {axis}", "", f"![Tokens per second and peak memory by {axis}]({name})", ""]
-    lines += provenance(results)
+    left = sum(bool(wanted["axis"]) and wanted["name"] not in found for wanted in suite)
+    if left:
+        lines += [f"Points of the curves that are not yet measured: {left}.", ""]
+    lines += provenance(results) if results else []
     path = folder / "README.md"
     write_atomically(path, "\n".join(lines) + "\n")
     return path
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """Markdown: ours beside the peer, as it starts and with our allocator; memory; share of the matmul peak."""
+    """Markdown: ours beside the peer, as it starts and with our allocator; memory; share of the matmul peak.
+
+    Args:
+      results: what was measured; of what was not yet, the `measurement` alone.
+    """
     columns = "", "tokens/s", "torch", "ratio", "asked for", "torch, our allocator", "ratio", "memory, torch's", "of matmul peak"
     lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
     for result in results:
         name = result["measurement"]["name"].partition(": ")[2]
+        floor = result["measurement"]["floor"]
+        if "tokens_per_second" not in result:
+            lines.append(f"| {name} | not yet measured |  |  | {f'{floor:.2f}' if floor else ''} |  |  |  |  |")
+            continue
         peers = (result["against"] or {"allocators": {}})["allocators"]
         plain, tuned = peers.get("system"), peers.get("tuned")
-        floor = result["measurement"]["floor"]
         cells = [
             name,
             f"{result['tokens_per_second']['median']:,.0f}",
