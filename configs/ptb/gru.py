@@ -2,8 +2,8 @@
 
 python -m launch.train --config=configs/ptb/gru.py --config.data.path=/path/to/ptb --workdir=runs/ptb_gru
 
-Perplexity 106.79 on valid (12 epochs of 13, the best) and 100.28 on test, seed 0. 6,273 s on one core of an AMD EPYC that had other
-work as well (2026-11-25, Python 3.11, JAX 0.10.2).
+Perplexity 106.79 on valid (12 epochs of 13, the best) and 100.28 on test, seed 0. 6,273 s on one core of an AMD EPYC that had
+other work as well (2026-11-25, Python 3.11, JAX 0.10.2).
 """
 
 from configs._common import finish
