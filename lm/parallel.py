@@ -61,8 +61,11 @@ class Placement:
       num_row_parts: into how many parts the rows are split.
     """
 
-    def __init__(self, num_devices: int | None = None):
+    def __init__(self, num_devices: int | None = None, asked_for: str = "num_devices"):
         """Takes the first `num_devices` devices; None: all.
+
+        Args:
+          asked_for: the field of the config that names the number.
 
         Raises:
           UserError: more devices than there are.
@@ -70,7 +73,7 @@ class Placement:
         devices = jax.devices()
         if num_devices is not None and num_devices > len(devices):
             raise UserError(
-                f"config.num_devices is {num_devices}, but JAX sees {len(devices)} device{'s' * (len(devices) > 1)} "
+                f"config.{asked_for} is {num_devices}, but JAX sees {len(devices)} device{'s' * (len(devices) > 1)} "
                 f"({devices[0].platform}); set it to at most that, or on a CPU emulate more with "
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={num_devices}"
             )
@@ -172,7 +175,7 @@ class Sharded(Placement):
         Raises:
           UserError: there are fewer.
         """
-        super().__init__(math.prod(mesh_shape))
+        super().__init__(math.prod(mesh_shape), "mesh_shape's product")
         self._mesh = Mesh(np.array(self.devices).reshape(mesh_shape), (_DATA, _FSDP, _TENSOR))
         self._partition = Partition(
             self._mesh,

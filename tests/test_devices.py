@@ -9,6 +9,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -116,11 +117,17 @@ def test_state_is_split_by_its_path_and_shape(emulated):
 
 def test_a_run_goes_on_on_another_mesh_and_under_pmap(emulated):
     """Three steps on a mesh, three on another, three under pmap on two devices: as nine on one device."""
-    whole, pieces = emulated["runs"]
+    whole, pieces, _ = emulated["runs"]
     assert [line["step"] for line in whole] == [line["step"] for line in pieces] and len(whole) >= 6
     for one, other in zip(whole, pieces, strict=True):
         assert one["split"] == other["split"]
         assert other["loss"] == pytest.approx(one["loss"], abs=2e-6), one["step"]
+
+
+def test_a_mesh_scores_test_as_one_device_does(emulated):
+    """In one row, which no mesh divides."""
+    mesh, one = emulated["runs"][2]
+    assert mesh == pytest.approx(one, abs=1e-6)
 
 
 def test_memory_of_a_step_is_told_before_it_is_taken(emulated):
@@ -160,6 +167,7 @@ def test_rows_that_do_not_divide_name_a_number_that_does(emulated):
 def test_more_devices_than_there_are_is_one_clear_sentence(emulated):
     assert "config.num_devices is 9, but JAX sees 8 devices (cpu)" in emulated["too many"]
     assert "XLA_FLAGS=--xla_force_host_platform_device_count=9" in emulated["too many"]
+    assert "config.mesh_shape's product is 16, but JAX sees 8 devices (cpu)" in emulated["too large a mesh"]
 
 
 # --- on the one device of this process
@@ -303,10 +311,13 @@ def bytes_held(config, mesh):
 
 
 def runs(folder):
-    """Metrics of nine steps on one device, and of as many on three placements, one after the other."""
+    """Metrics of nine steps on one device, and of as many on three placements, one after the other; and the loss of test that
+    the first comes to on a mesh and on one device."""
     from helpers import changed, draft, write_corpus
 
+    from lm.evaluation.evaluate import evaluate_run
     from lm.runs.folder import RunFolder
+    from lm.runs.open import open_run
     from lm.training.train import train
 
     steps = dict(training__log_every_steps=1, training__evaluate_every_steps=3, evaluation__rows=2)
@@ -319,7 +330,13 @@ def runs(folder):
     for number, place in enumerate(places, 1):
         train(changed(config, training__num_steps=3 * number, **place), str(folder / "pieces"))
     train(changed(config, num_devices=1), str(folder / "whole"))
-    return [list(RunFolder(str(folder / name)).read_metrics()) for name in ("whole", "pieces")]
+    scores = []
+    for place in (places[0], dict(num_devices=1, parallelism="pmap", mesh_shape=None)):
+        run = open_run(str(folder / "whole"))
+        vars(run.config).update(place)
+        scores.append(evaluate_run(run, "test")["loss"])
+        shutil.rmtree(folder / "whole" / "evaluation")
+    return [*(list(RunFolder(str(folder / name)).read_metrics()) for name in ("whole", "pieces")), scores]
 
 
 def memory(folder):
@@ -380,6 +397,7 @@ def compute():
         )
         for name, shape in SPECS
     }
+    found["too large a mesh"] = sentence_of(Sharded, (2, 8, 1))
     found["too many"] = sentence_of(Placement, 9)
     return found
 

@@ -200,7 +200,10 @@ def _scorer(run, layout) -> tuple[Scorer, Layout]:
     if isinstance(run.model, Ngram):
         return NgramScorer(run.model, run.model.prepare(run.params)), layout
     # a run of more devices than there are here is scored on those there are: the figure does not depend on them
-    placement = place(run.config, or_fewer=True) if layout.context else Placement(1)
+    spread = (
+        layout.context or run.config.parallelism == "sharded"
+    )  # one row for one device; a mesh may be needed to hold the model
+    placement = place(run.config, or_fewer=True) if spread else Placement(1)
     params = placement.put_state(run.params)
     return neural_scorer(run.model, placement)(params), dataclasses.replace(layout, row_multiple=placement.num_row_parts)
 
