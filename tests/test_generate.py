@@ -33,7 +33,7 @@ def rnn():
 
 
 MODELS = [
-    ("rnn", {}),
+    ("rnn", dict(scale=2.0)),  # at 6 it is chaotic: a rounding error grows from 1e-7 to 1e-2 within twenty steps, on some CPUs
     ("gru", {}),
     ("lstm", dict(model__num_layers=2)),
     ("transformer", dict(model__num_layers=2)),
