@@ -10,7 +10,7 @@ import pathlib
 from absl import flags
 
 from launch import command
-from lm.errors import UserError
+from lm.errors import Preempted, UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("configs", None, "config files, separated by commas; overrides hold for all of them")
@@ -49,9 +49,11 @@ def main(overrides):
         if name in drafts:
             listener = console.Console(label)
             try:
-                train(drafts[name], str(folder), listener)
+                trained = train(drafts[name], str(folder), listener)
             finally:
                 listener.close()
+            if listener.is_asked_to_stop():  # during the last step: this run is done, the others are not
+                raise Preempted(trained.step)
         run = open_run(str(folder))
         scores = {split: evaluate_run(run, split)["perplexity"] for split in ("valid", "test")}
         print(f"{label}: perplexity valid {scores['valid']:.2f}, test {scores['test']:.2f}", flush=True)

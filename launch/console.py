@@ -11,8 +11,8 @@ from lm.training.train import Experiment, Listener
 class Console(Listener):
     """Prints; `label` stands before each line where several runs share a screen.
 
-    From the start to `close`, SIGTERM (a scheduler that wants its machine back) asks training to save and stop; a second one
-    ends the process at once.
+    From the first step to `close`, SIGTERM (a scheduler that wants its machine back) asks training to save and stop; a second
+    one ends the process at once.
     """
 
     def __init__(self, label: str = ""):
@@ -24,9 +24,9 @@ class Console(Listener):
     def started(self, experiment: Experiment, step: int) -> None:
         config = experiment.config
         print(f"{self._label}{describe(experiment)}", flush=True)
-        self._before = signal.signal(signal.SIGTERM, self._terminate)
         if config.model.architecture == "ngram":
             return
+        self._before = signal.signal(signal.SIGTERM, self._terminate)
         if step:
             print(f"{self._label}going on from step {step}", flush=True)
         self._context = ProgressBar(config.training.num_steps, " steps", step, self._label.rstrip(": "))

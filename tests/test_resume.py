@@ -13,8 +13,11 @@ import time
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from helpers import ROOT, changed, compilations_shared, config_file, draft, refused, write_corpus
 
+from launch import compare
+from launch.console import Console
 from lm.errors import Preempted
 from lm.runs.checkpoint import Checkpoints
 from lm.runs.folder import RunFolder
@@ -228,6 +231,18 @@ def test_asked_to_stop_a_run_saves_the_step_and_ends_the_same(name, runs, tmp_pa
         assert Checkpoints(tmp_path / "checkpoints").latest_sound() == at
     train(config, str(tmp_path), AskAt(60))
     assert_same_outcome(outcome(whole), outcome(tmp_path))
+
+
+def test_asked_to_stop_in_its_last_step_a_comparison_begins_no_other_run(corpus, tmp_path, monkeypatch):
+    paths = [config_file(tmp_path / f"{name}.py", lstm(corpus, training__num_steps=2)) for name in ("first", "second")]
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Console, "stepped", lambda _, step: signal.raise_signal(signal.SIGTERM) if step == 2 else None)
+    flags.FLAGS(["compare", f"--configs={paths[0]},{paths[1]}", f"--workdir={tmp_path / 'runs'}"])
+    with pytest.raises(Preempted, match="stopped after step 2$"):
+        compare.main([])
+    assert Checkpoints(tmp_path / "runs" / "first" / "checkpoints").progress(2)["finished"]
+    assert not (tmp_path / "runs" / "second").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def broken_off(config_path, workdir, checkpoint, with_signal):
