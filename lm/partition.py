@@ -7,7 +7,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -40,9 +40,22 @@ class Partition:
             axes = axes[:-1]
         return axes
 
-    def sharding(self, axes: Mapping[str | None, tuple[str, ...]], names: Names) -> NamedSharding:
-        """A sharding by names, given the axes of each."""
-        return NamedSharding(self.mesh, PartitionSpec(*(axes.get(name) or None for name in names)))
+    def axes_for(self, arrays: Iterable[tuple[Names, tuple[int, ...]]]) -> dict[str | None, tuple[str, ...]]:
+        """The axes of each name, of which the parts of all arrays, told by names and shape, are equal."""
+        found: dict[str | None, tuple[str, ...]] = {}
+        for names, shape in arrays:
+            for name, size in zip(names, shape, strict=False):
+                if name:
+                    found[name] = min(found.get(name, self.axes[name]), self.dividing(name, size), key=len)
+        return found
+
+
+def _spec(axes, names):
+    return PartitionSpec(*(axes.get(name) or None for name in names))
+
+
+def _is_names(value):
+    return isinstance(value, tuple) and all(name is None or isinstance(name, str) for name in value)
 
 
 _current: contextvars.ContextVar[Partition | None] = contextvars.ContextVar("partition", default=None)
@@ -63,8 +76,8 @@ def constrain(x: Array, *names: str | None) -> Array:
     partition = _current.get()
     if partition is None:
         return x
-    axes = {name: partition.dividing(name, size) for name, size in zip(names, x.shape, strict=False) if name}
-    return jax.lax.with_sharding_constraint(x, partition.sharding(axes, names))
+    axes = partition.axes_for([(names, x.shape)])
+    return jax.lax.with_sharding_constraint(x, NamedSharding(partition.mesh, _spec(axes, names)))
 
 
 def count(name: str) -> int:
@@ -81,7 +94,7 @@ class Part:
       axes: of the mesh, by name; without entries where nothing is split.
     """
 
-    axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    axes: Mapping[str | None, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def sum(self, tree: Any, name: str) -> Any:
         """Sum over the parts that a name splits into, on all of them; also the largest and the smallest below."""
@@ -115,22 +128,13 @@ def locally(function: Callable, inputs: tuple[Any, ...], outputs: Any) -> Callab
         partition = _current.get()
         if partition is None:
             return function(Part(), *arguments)
-        axes: dict[str, tuple[str, ...]] = {}
-        for names, argument in zip(inputs, arguments, strict=True):
-            for leaf in jax.tree.leaves(argument):
-                for name, size in zip(names, leaf.shape, strict=False):
-                    if name:
-                        axes[name] = min(axes.get(name, partition.axes[name]), partition.dividing(name, size), key=len)
-
-        def spec(names):
-            return PartitionSpec(*(axes.get(name) or None for name in names))
-
-        is_names = lambda x: isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)  # noqa: E731
+        named = zip(inputs, arguments, strict=True)
+        axes = partition.axes_for((names, leaf.shape) for names, argument in named for leaf in jax.tree.leaves(argument))
         split = jax.shard_map(
             lambda *parts: function(Part(axes), *parts),
             mesh=partition.mesh,
-            in_specs=tuple(spec(names) for names in inputs),
-            out_specs=jax.tree.map(spec, outputs, is_leaf=is_names),
+            in_specs=tuple(_spec(axes, names) for names in inputs),
+            out_specs=jax.tree.map(lambda names: _spec(axes, names), outputs, is_leaf=_is_names),
             check_vma=False,
         )
         return split(*arguments)
