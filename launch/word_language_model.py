@@ -13,10 +13,10 @@ from lm.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_path", None, "folder with train, valid and test, as config.data.path")
-flags.DEFINE_enum("model", "LSTM", ["LSTM", "GRU", "RNN_TANH", "RNN_RELU"], "kind of its layers")
-flags.DEFINE_integer("epochs", 40, "passes over train", lower_bound=1)
-flags.DEFINE_float("lr", 20.0, "learning rate at first; the example says 5 for an RNN", lower_bound=0.0)
-flags.DEFINE_integer("seed", 1111, "of parameters and dropout")
+flags.DEFINE_enum("model", None, ["LSTM", "GRU", "RNN_TANH", "RNN_RELU"], "kind of its layers; by default LSTM")
+flags.DEFINE_integer("epochs", None, "passes over train; by default as many as the example takes, 40", lower_bound=1)
+flags.DEFINE_float("lr", None, "learning rate at first; by default the example's 20, but it means 5 for an RNN", lower_bound=0.0)
+flags.DEFINE_integer("seed", None, "of parameters and dropout; by default the example's")
 
 
 def main(overrides):
@@ -26,8 +26,8 @@ def main(overrides):
     from lm.benchmark.word_language_model import Settings, train
 
     line = "epoch {epoch:2d}  learning rate {learning_rate:<8.4g} valid perplexity {valid_perplexity:7.2f}  {seconds:6.0f} s"
-    settings = Settings(model=FLAGS.model, epochs=FLAGS.epochs, lr=FLAGS.lr, seed=FLAGS.seed)
-    result = train(FLAGS.data_path, settings, lambda epoch: print(line.format(**epoch), flush=True))
+    given = {name: FLAGS[name].value for name in ("model", "epochs", "lr", "seed") if FLAGS[name].value is not None}
+    result = train(FLAGS.data_path, Settings(**given), lambda epoch: print(line.format(**epoch), flush=True))
     print(
         "{model}, {num_params:,} parameters, {seconds:.0f} s of training on {num_threads} threads of torch {torch}\n"
         "test perplexity {perplexity:.2f} of all {num_scored:,} tokens; {example_perplexity:.2f} as the example scores it".format(

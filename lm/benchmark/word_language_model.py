@@ -18,14 +18,17 @@ import numpy as np
 from lm.config import DataConfig
 from lm.data import corpus, sources, tokenizers
 from lm.errors import UserError
+from lm.evaluation.perplexity import perplexity
 
-MODELS = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
 _EVALUATION_ROWS = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The example's options, under its own names, with its own defaults; but for `lr`, which it says to be 5 for an RNN."""
+    """The example's options, under its own names, with its own defaults.
+
+    `model` is "LSTM", "GRU", "RNN_TANH" or "RNN_RELU"; `lr` is meant to be 5 for an RNN; `bptt` counts time steps.
+    """
 
     model: str = "LSTM"
     emsize: int = 200
@@ -77,7 +80,7 @@ def train(path: str, settings: Settings, on_epoch: Callable[[dict[str, Any]], An
             {
                 "epoch": number,
                 "learning_rate": rate,
-                "valid_perplexity": math.exp(valid_loss),
+                "valid_perplexity": perplexity(valid_loss),
                 "seconds": round(time.perf_counter() - started, 1),
             }
         )
@@ -96,8 +99,8 @@ def train(path: str, settings: Settings, on_epoch: Callable[[dict[str, Any]], An
         "vocab_size": tokenizer.vocab_size,
         "num_params": sum(parameter.numel() for parameter in model.parameters()),
         "epochs_run": epochs,
-        "example_perplexity": math.exp(_mean_loss(model, _rows(tokens["test"], _EVALUATION_ROWS), settings.bptt)),
-        "perplexity": math.exp(_mean_loss(model, whole[:, None], settings.bptt)),
+        "example_perplexity": perplexity(_mean_loss(model, _rows(tokens["test"], _EVALUATION_ROWS), settings.bptt)),
+        "perplexity": perplexity(_mean_loss(model, whole[:, None], settings.bptt)),
         "num_scored": len(tokens["test"]),
         "seconds": round(seconds, 1),
         "torch": torch.__version__,
