@@ -1,5 +1,4 @@
-"""Placement: one device, pmap over several, or a mesh of them. The only place that knows device axes; outside it arrays are
-global."""
+"""Placement: one device, pmap over several, or a mesh. The only place that knows device axes; outside it arrays are global."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""One device = four = eight: training with dropout, resets and uneven weights; rows and state to the devices and back.
+"""One device = pmap over several = meshes: training with dropout, resets, uneven weights; rows and state there and back.
 
 The eight devices are emulated, so they live in a process of their own, which this file is when it runs as a script:
 it computes, once, what the tests then look at.

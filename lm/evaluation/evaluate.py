@@ -199,11 +199,10 @@ def floor(source: sources.Split, nll_sum: float, num_tokens: int, fresh: bool) -
 def _scorer(run, layout) -> tuple[Scorer, Layout]:
     if isinstance(run.model, Ngram):
         return NgramScorer(run.model, run.model.prepare(run.params)), layout
-    # a run of more devices than there are here is scored on those there are: the figure does not depend on them
-    spread = (
-        layout.context or run.config.parallelism == "sharded"
-    )  # one row for one device; a mesh may be needed to hold the model
-    placement = place(run.config, or_fewer=True) if spread else Placement(1)
+    # A run of more devices than there are here is scored on those there are: the figure does not depend on them. A carried
+    # stream is one row, for one device; but a mesh may be needed to hold the model.
+    takes_more = layout.context or run.config.parallelism == "sharded"
+    placement = place(run.config, or_fewer=True) if takes_more else Placement(1)
     params = placement.put_state(run.params)
     return neural_scorer(run.model, placement)(params), dataclasses.replace(layout, row_multiple=placement.num_row_parts)
 

@@ -113,20 +113,7 @@ def train_step(
     skipped = skip_step(state), carry
     gradients_of = jax.grad(functools.partial(_objective_and_sums, objective, key), has_aux=True)
 
-    if num_micro_batches == 1:
-        gradients, (sums, carry) = gradients_of(state.params, carry, batch)
-    else:
-
-        def add(accumulated, rows):
-            gradients, (sums, carry) = gradients_of(state.params, *rows)
-            return jax.tree.map(jnp.add, accumulated, (gradients, sums)), carry
-
-        parts = split_rows((carry, batch), num_micro_batches)
-        shapes = jax.eval_shape(gradients_of, state.params, *jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0]))
-        (gradients, sums), carry = jax.lax.scan(add, zeros, parts)
-        carry = join_rows(carry)
-
+    gradients, (sums, carry) = _in_parts(gradients_of, state.params, carry, batch, num_micro_batches)
     gradients, sums = total((gradients, sums))
     weight = jnp.maximum(sums["weight"], 1e-9)  # a batch of padding alone has no gradient, and must not divide by zero
     gradient_norm = optax.global_norm(gradients) / weight  # handed on, so that nothing needs the divided gradients but the update
@@ -135,8 +122,7 @@ def train_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, gradient_norm=gradient_norm)
     updates = jax.tree.map(lambda u: u * state.controls["learning_rate_scale"], updates)
     update_norm = optax.global_norm(updates)
-    finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
-    good = finite
+    good = jnp.isfinite(sums["loss"]) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
     if spike_nats is not None:
         loss, recent = sums["loss"] / weight, state.recent_loss
         good &= (state.step < _SPIKES_AFTER) | (loss < recent + spike_nats)
@@ -160,6 +146,22 @@ def train_step(
     if on_bad_step == "skip":
         return jax.tree.map(lambda new, old: jnp.where(good, new, old), (state, carry), skipped)
     return state, carry
+
+
+def _in_parts(gradients_of, params, carry, batch, num_parts):
+    """What `gradients_of` makes of rows that it gets a part at a time; the same as of all at once."""
+    if num_parts == 1:
+        return gradients_of(params, carry, batch)
+
+    def add(accumulated, rows):
+        gradients, (sums, carry) = gradients_of(params, *rows)
+        return jax.tree.map(jnp.add, accumulated, (gradients, sums)), carry
+
+    parts = split_rows((carry, batch), num_parts)
+    shapes = jax.eval_shape(gradients_of, params, *jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0]))
+    (gradients, sums), carry = jax.lax.scan(add, zeros, parts)
+    return gradients, (sums, join_rows(carry))
 
 
 def _objective_and_sums(objective, key, params, carry, batch):
