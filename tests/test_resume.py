@@ -361,7 +361,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(corpus, tmp_path, monkeypatch):
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_bad_steps_are_left_out_and_the_run_goes_on(policy, corpus, tmp_path, monkeypatch):
     """Also when it is broken off right after one; both policies come to the same model."""
-    monkeypatch.setattr(training, "batches", poisoned(2, 11, 12))  # one before the first checkpoint
+    monkeypatch.setattr(training, "batches", poisoned(2, 11, 12, 17))  # before the first checkpoint; where an epoch begins
     config = lstm(corpus, training__num_steps=18, training__on_bad_step=policy)
     back = []
 
@@ -370,9 +370,9 @@ def test_bad_steps_are_left_out_and_the_run_goes_on(policy, corpus, tmp_path, mo
             back.append((bad_step, step))
 
     train(config, str(tmp_path / policy), Noting())
-    assert back == ([(2, 0), (11, 8), (12, 8)] if policy == "rollback" else [])
+    assert back == ([(2, 0), (11, 8), (12, 8), (17, 16)] if policy == "rollback" else [])
     lines = list(RunFolder(tmp_path / policy).read_metrics())
-    assert [(line["step"], line["skipped_steps"]) for line in lines if "skipped_steps" in line] == [(3, 1), (12, 2)]
+    assert [(line["step"], line["skipped_steps"]) for line in lines if "skipped_steps" in line] == [(3, 1), (12, 2), (18, 1)]
     assert all(math.isfinite(line["loss"]) for line in lines)
 
     for at in (11, 13):

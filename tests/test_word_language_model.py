@@ -38,6 +38,7 @@ def test_every_token_is_scored_by_the_epoch_that_was_best(tmp_path, monkeypatch)
     path, kept, epochs = str(write_corpus(tmp_path / "corpus")), [], []
     make = word_language_model._model
     monkeypatch.setattr(word_language_model, "_model", lambda *args: kept.append(make(*args)) or kept[-1])
+    once = word_language_model.train(path, Settings(**SMALL | {"epochs": 1}))
     train_epoch = word_language_model._train_epoch
 
     def spoil_later(model, *rest):
@@ -47,6 +48,7 @@ def test_every_token_is_scored_by_the_epoch_that_was_best(tmp_path, monkeypatch)
 
     monkeypatch.setattr(word_language_model, "_train_epoch", spoil_later)
     result = word_language_model.train(path, Settings(**SMALL), epochs.append)
+    assert result["perplexity"] == once["perplexity"]
     assert epochs[0]["valid_perplexity"] < min(epoch["valid_perplexity"] for epoch in epochs[1:])
 
     text = (tmp_path / "corpus" / "test.txt").read_text()
