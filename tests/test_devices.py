@@ -130,6 +130,13 @@ def test_a_mesh_scores_test_as_one_device_does(emulated):
     assert mesh == pytest.approx(one, abs=1e-6)
 
 
+def test_no_device_of_a_mesh_holds_all_logits(emulated):
+    """Of 80 tokens by 104 entries, rows split in two and the vocabulary in four, in the compiled loss and its gradient."""
+    one, mesh = emulated["loss programs"]
+    assert "f32[80,104]" in one and "f32[80,104]" not in mesh
+    assert "f32[40,26]" in mesh and "f32[40,104]" not in mesh and "f32[80,26]" not in mesh
+
+
 def test_memory_of_a_step_is_told_before_it_is_taken(emulated):
     one, split = emulated["memory"][1], emulated["memory"][1, 8, 1]
     assert one["state"] > 0 and split["state"] == pytest.approx(one["state"] / 8, rel=0.05)
@@ -351,6 +358,22 @@ def memory(folder):
     return {**found, (1, 8, 1): step_memory(prepare(sharded), Sharded((1, 8, 1)))}
 
 
+def loss_program(placement):
+    """The compiled text of a loss and its gradient."""
+    from lm.models.output import loss_sums
+
+    def gradients(hidden_ND, matrix_DV, bias_V, targets_N):
+        def loss(hidden_ND, matrix_DV):
+            return loss_sums(hidden_ND, matrix_DV, bias_V, targets_N, jnp.ones(80), False, 0.1).objective
+
+        return jax.grad(loss, argnums=(0, 1))(hidden_ND, matrix_DV)
+
+    state = {"kernel": np.ones((8, 104), np.float32), "bias": np.ones(104, np.float32)}
+    rows = placement.put_rows((np.ones((80, 8), np.float32), np.ones(80, np.int32)))
+    kernel, bias = (placement.put_state(state)[name] for name in ("kernel", "bias"))
+    return placement.compile(gradients, ("rows", "state")).lower(rows[0], kernel, bias, rows[1]).compile().as_text()
+
+
 def sentence_of(function, *arguments):
     try:
         function(*arguments)
@@ -391,6 +414,7 @@ def compute():
     with tempfile.TemporaryDirectory() as folder:
         found["runs"] = runs(pathlib.Path(folder) / "runs")
         found["memory"] = memory(pathlib.Path(folder) / "memory")
+    found["loss programs"] = [loss_program(placement) for placement in (Placement(1), Sharded((2, 1, 4)))]
     found["specs"] = {
         (name, shape): tuple(
             " ".join(axes) if isinstance(axes, tuple) else axes for axes in Sharded((2, 2, 2)).state_spec(name, shape)
