@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import flags
 
+from launch import hosts
 from lm.config import Config, Section, unknown_field
 from lm.errors import Preempted, UserError
 from lm.files import check_writable, write_json
@@ -28,7 +29,7 @@ def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = Fa
     for SIGTERM in 143. A reader that closes the pipe (`| head`) ends the verb quietly.
 
     Args:
-      main: the verb; gets the overrides ("--config.section.field=value").
+      main: the verb; gets the overrides ("--config.section.field=value"); what it returns is not written if it is None.
       document: the verb's docstring, which --help prints.
       takes_config: whether overrides make sense.
       resumes: whether the same command goes on where it was interrupted.
@@ -53,23 +54,24 @@ def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = Fa
         if flags.FLAGS.json:
             check_writable(pathlib.Path(flags.FLAGS.json))  # now, not after hours of work
         result = main(overrides)
-        if flags.FLAGS.json:
+        if flags.FLAGS.json and result is not None:
             write_json(pathlib.Path(flags.FLAGS.json), result)
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(f"{verb}: {error}")
+        print(f"{verb}: {error}", file=sys.stderr)
+        hosts.leave(1)
     except Preempted as stop:
         print(
             f"\n{verb}: stopped by SIGTERM after step {stop.step}, which is saved; the same command goes on there",
             file=sys.stderr,
         )
-        sys.exit(143)  # as a shell tells of it
+        hosts.leave(143)  # as a shell tells of it
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush at exit fails again
         sys.exit(141)  # as a shell tells of SIGPIPE
     except KeyboardInterrupt:
         print(f"\n{verb}: interrupted{'; the same command goes on from the last checkpoint' if resumes else ''}", file=sys.stderr)
-        sys.exit(130)
+        hosts.leave(130)
 
 
 def _unraisable(unraisable) -> None:

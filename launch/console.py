@@ -5,6 +5,7 @@ import signal
 from typing import Any
 
 from launch.command import ProgressBar
+from lm import processes
 from lm.training.train import Experiment, Listener
 
 
@@ -26,7 +27,8 @@ class Console(Listener):
         print(f"{self._label}{describe(experiment)}", flush=True)
         if config.model.architecture == "ngram":
             return
-        self._before = signal.signal(signal.SIGTERM, self._terminate)
+        if processes.number() == 1:  # several are told by JAX, which has a handler of its own
+            self._before = signal.signal(signal.SIGTERM, self._terminate)
         if step:
             print(f"{self._label}going on from step {step}", flush=True)
         self._context = ProgressBar(config.training.num_steps, " steps", step, self._label.rstrip(": "))

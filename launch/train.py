@@ -2,6 +2,9 @@
 
 Run the same command again after any interruption and it goes on from the last checkpoint. The workdir keeps the config, the
 tokenizer, metrics.jsonl, TensorBoard events and the best and latest checkpoints. Score the result with launch.evaluate.
+
+Several hosts train one model together: start the same command on each, with a workdir that all see. Under SLURM, on Cloud TPU
+and on GKE the hosts find each other; elsewhere the last three flags below name them.
 """
 
 import dataclasses
@@ -9,7 +12,7 @@ import math
 
 from absl import flags
 
-from launch import command
+from launch import command, hosts
 from lm.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -18,6 +21,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("workdir", None, "the run's folder; made if need be")
 flags.DEFINE_boolean("dry_run", False, "print the parameters and what would happen, and do nothing")
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT on the first of several hosts, where they meet")
+flags.DEFINE_integer("num_processes", None, "how many processes train together, usually one on each host")
+flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 
 
 def main(overrides):
@@ -26,10 +32,13 @@ def main(overrides):
     if not FLAGS.workdir and not FLAGS.dry_run:
         raise UserError("--workdir is missing: give a folder for the run, such as --workdir=runs/first")
     draft = command.load_config(FLAGS.config, overrides)
+    meeting = FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id
+    if hosts.is_one_of_many(*meeting) and not FLAGS.dry_run:
+        hosts.join(FLAGS.workdir, *meeting)
     from launch import console
-    from lm import backend, parallel
+    from lm import backend, parallel, processes
     from lm.evaluation.perplexity import perplexity
-    from lm.training.train import prepare, step_memory, train
+    from lm.training.train import Listener, prepare, step_memory, train
 
     backend.start()
     if FLAGS.dry_run:
@@ -46,6 +55,9 @@ def main(overrides):
             )
         print(f"would train {console.describe(experiment)}")
         return {"config": FLAGS.config, **experiment.facts, "bytes_per_device": memory}
+    if not processes.is_first():
+        train(draft, FLAGS.workdir, Listener())
+        return None
     listener = console.Console()
     try:
         result = train(draft, FLAGS.workdir, listener)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lm import processes
 from lm.backend import give_back_freed_memory
 from lm.config import Config
 from lm.errors import UserError
@@ -53,10 +54,11 @@ class Placement:
     """Where state and rows live, and how a step is compiled for that.
 
     State (parameters and all that belongs to them) is replicated; rows (batch and carry) are split in equal parts, in
-    order. With one device nothing has a device axis and a step is compiled by `jit`; with several, by `pmap`.
+    order. With one device nothing has a device axis and a step is compiled by `jit`; with several, by `pmap`. Of several
+    processes each holds the parts of its own devices; all must call what is said to be global together.
 
     Attributes:
-      devices, num_devices: those in use.
+      devices, num_devices: those in use, of all processes.
       num_row_parts: into how many parts the rows are split.
     """
 
@@ -67,14 +69,19 @@ class Placement:
           asked_for: the field of the config that names the number.
 
         Raises:
-          UserError: more devices than there are.
+          UserError: more devices than there are, or only some of those of several processes.
         """
-        devices = jax.devices()
+        devices = sorted(jax.devices(), key=lambda device: device.process_index)
         if num_devices is not None and num_devices > len(devices):
             raise UserError(
                 f"config.{asked_for} is {num_devices}, but JAX sees {len(devices)} device{'s' * (len(devices) > 1)} "
                 f"({devices[0].platform}); set it to at most that, or on a CPU emulate more with "
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={num_devices}"
+            )
+        if num_devices is not None and num_devices < len(devices) and processes.number() > 1:
+            raise UserError(
+                f"config.{asked_for} is {num_devices}, but the {processes.number()} processes have {len(devices)} devices; "
+                f"several processes use all they have: make it {len(devices)}, or none"
             )
         self.devices = devices[:num_devices]
         self.num_devices = self.num_row_parts = len(self.devices)
@@ -111,15 +118,18 @@ class Placement:
         """A global tree, replicated."""
         if self.num_devices == 1:
             return jax.device_put(tree, self.devices[0])
-        return jax.device_put(jax.tree.map(lambda x: np.broadcast_to(x, (self.num_devices, *np.shape(x))), tree), self._sharding)
+        return _put(jax.tree.map(lambda x: np.broadcast_to(x, (self.num_devices, *np.shape(x))), tree), self._sharding)
 
     def get_state(self, tree) -> Any:
         """The global tree of a replicated one, as NumPy arrays of their own."""
-        if self.num_devices > 1:
-            tree = jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
-        host = jax.device_get(tree)
-        # On a CPU, device_get may hand out a view of a buffer that a later step donates, hence the copy.
-        return jax.tree.map(lambda x: np.array(x[0] if self.num_devices > 1 else x), host)
+        if self.num_devices == 1:
+            return _whole(tree)
+        return jax.tree.map(lambda x: x[0], _whole(jax.tree.map(lambda x: x.addressable_shards[0].data, tree)))
+
+    def to_save(self, tree) -> Any:
+        """The global tree of a placed one, as checkpoints take it: as `get_state` gives it, or arrays of which each process
+        has a part."""
+        return self.get_state(tree)
 
     def state_like(self, tree) -> Any:
         """Shapes, types and places of what `put_state` makes of a tree of arrays or shapes, to compile for."""
@@ -134,15 +144,25 @@ class Placement:
         """A global tree whose leaves have rows on axis 0, split over the devices."""
         if self.num_devices == 1:
             return jax.device_put(tree, self.devices[0])
-        split = jax.tree.map(lambda x: np.reshape(x, (self.num_devices, -1, *np.shape(x)[1:])), tree)
-        return jax.device_put(split, self._sharding)
+        return _put(jax.tree.map(lambda x: np.reshape(x, (self.num_devices, -1, *np.shape(x)[1:])), tree), self._sharding)
+
+    def local_rows(self, num_rows: int) -> slice:
+        """Which of a global batch's rows this process holds."""
+        each, mine = num_rows // self.num_devices, _held(self._sharding, self.num_devices)
+        return slice(each * mine.start, each * mine.stop)
+
+    def put_local_rows(self, tree):
+        """As `put_rows`, of a tree that has only the rows which this process holds."""
+        if processes.number() == 1:
+            return self.put_rows(tree)
+        mine = _held(self._sharding, self.num_devices)
+        split = jax.tree.map(lambda x: np.reshape(x, (mine.stop - mine.start, -1, *np.shape(x)[1:])), tree)
+        return _put_held(split, self._sharding, self.num_devices)
 
     def get_rows(self, tree) -> Any:
         """The global tree of split rows, as NumPy arrays of their own."""
-        host = jax.device_get(tree)
-        if self.num_devices == 1:
-            return jax.tree.map(np.array, host)
-        return jax.tree.map(lambda x: np.array(x).reshape(-1, *x.shape[2:]), host)
+        host = _whole(tree)
+        return host if self.num_devices == 1 else jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), host)
 
 
 # How parameters, and what an optimiser keeps for each, are split: the end of a path -> for each dimension the axis that
@@ -204,10 +224,13 @@ class Sharded(Placement):
         return _Compiled(jax.jit(constrained, donate_argnums=donate))
 
     def put_state(self, tree):
-        return jax.device_put(tree, self._state_shardings(tree))
+        return _put(tree, self._state_shardings(tree))
 
     def get_state(self, tree):
-        return jax.tree.map(np.array, jax.device_get(tree))
+        return _whole(tree)
+
+    def to_save(self, tree):
+        return self.get_state(tree) if processes.number() == 1 else tree
 
     def state_like(self, tree):
         return jax.tree.map(
@@ -218,7 +241,13 @@ class Sharded(Placement):
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(like))
 
     def put_rows(self, tree):
-        return jax.device_put(tree, self._rows)
+        return _put(tree, self._rows)
+
+    def local_rows(self, num_rows):
+        return _held(self._rows, num_rows)
+
+    def put_local_rows(self, tree):
+        return self.put_rows(tree) if processes.number() == 1 else _put_held(tree, self._rows, self.num_row_parts)
 
     def get_rows(self, tree):
         return self.get_state(tree)
@@ -241,6 +270,48 @@ class Sharded(Placement):
                     split[dimension] += (axis,)
                     break
         return PartitionSpec(*(axes or None for axes in split))
+
+
+def _put(tree, shardings):
+    """A global tree on all devices of its shardings (or of the one), of which each process fills its own."""
+    if processes.number() == 1:
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _, one=shardings: one, tree)
+    return jax.tree.map(lambda x, s: jax.make_array_from_callback(np.shape(x), s, np.asarray(x).__getitem__), tree, shardings)
+
+
+def _held(sharding, num_rows) -> slice:
+    """Which rows, of so many, the devices of this process hold."""
+    held = [index[0].indices(num_rows) for index in sharding.addressable_devices_indices_map((num_rows,)).values()]
+    return slice(min(start for start, _, _ in held), max(stop for _, stop, _ in held))
+
+
+def _put_held(tree, sharding, num_parts):
+    """As `_put`, of rows in `num_parts` parts, of which the tree has only those that this process holds."""
+    mine = _held(sharding, num_parts)
+
+    def put(x):
+        each = len(x) // (mine.stop - mine.start)
+        num_rows = each * num_parts
+
+        def part(index):
+            start, stop, _ = index[0].indices(num_rows)
+            return x[start - each * mine.start : stop - each * mine.start]
+
+        return jax.make_array_from_callback((num_rows, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, tree)
+
+
+def _whole(tree):
+    """Placed arrays as NumPy arrays of their own, wherever their parts lie."""
+
+    def get(x):
+        return x if x.is_fully_addressable or x.is_fully_replicated else processes.all_rows(x)
+
+    # On a CPU, device_get may hand out a view of a buffer that a later step donates, hence the copy.
+    return jax.tree.map(np.array, jax.device_get(jax.tree.map(get, tree)))
 
 
 def place(config: Config, or_fewer: bool = False) -> Placement:

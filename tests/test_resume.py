@@ -23,6 +23,7 @@ from lm.runs.checkpoint import Checkpoints
 from lm.runs.folder import RunFolder
 from lm.runs.open import open_run
 from lm.training import train as training
+from lm.training.metrics import MetricsLog
 from lm.training.train import Listener, train
 
 TIMINGS = ("seconds", "tokens_per_second")
@@ -339,10 +340,10 @@ def poisoned(*steps):
 def test_a_loss_that_is_not_finite_ends_the_run(corpus, tmp_path, monkeypatch):
     """One batch is poisoned: the run names the step, and its checkpoints are from before."""
     config = lstm(corpus, training__num_steps=15)
-    closed, close = [], training.MetricsLog.close
+    closed, close = [], MetricsLog.close
     with monkeypatch.context() as patch:
         patch.setattr(training, "batches", poisoned(11))
-        patch.setattr(training.MetricsLog, "close", lambda log: closed.append(close(log)))
+        patch.setattr(MetricsLog, "close", lambda log: closed.append(close(log)))
         with refused(
             "loss, gradient or update of step 11 is not finite",
             "learning rate 0.2",

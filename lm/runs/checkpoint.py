@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lm import processes
 from lm.errors import UserError
 from lm.files import sha256_of, write_atomically
 
@@ -68,9 +69,15 @@ class Checkpoints:
           params: nested dict of NumPy arrays, not changed afterwards.
           training: pytree of NumPy arrays, the rest of what a run needs to go on.
           progress: plain values; `best_step` names the checkpoint to keep beside the latest.
+
+        Of several processes all save together, each what it holds, and wait for it; arrays may then be global ones of JAX.
         """
         self.wait()
-        self._pending = self._executor.submit(self._save, step, params, training, dict(progress))
+        if processes.number() == 1:
+            self._pending = self._executor.submit(self._save, step, params, training, dict(progress))
+        else:
+            self._save(step, params, training, dict(progress))
+            processes.wait_for_all(f"saved {step}")
 
     def wait(self) -> None:
         """Waits until the last save has ended.
@@ -87,12 +94,15 @@ class Checkpoints:
 
         final, partial = self._folder / str(step), self._folder / f"{step}.partial"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            if processes.is_first():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
             with ocp.PyTreeCheckpointer() as writer:
                 writer.save(partial / "params", params)
                 writer.save(partial / "training", _flat(training))
+            if not processes.is_first():
+                return
             write_atomically(partial / "progress.json", json.dumps(progress))
             manifest = {"step": step, "shapes": shapes_of(params), "sha256": _hashes(partial)}
             write_atomically(partial / "manifest.json", json.dumps(manifest))
@@ -204,7 +214,11 @@ class Checkpoints:
 
         try:
             with ocp.PyTreeCheckpointer() as reader:
-                return reader.restore(self._folder / str(step) / item)
+                path = self._folder / str(step) / item
+                saved = reader.metadata(path).item_metadata.tree
+                # arrays that several processes have saved would come back on the devices that these had
+                whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+                return reader.restore(path, restore_args=whole)
         except Exception as error:  # orbax and tensorstore raise many kinds for files that are not theirs
             raise UserError(f"checkpoint {self._folder / str(step)} cannot be read: {str(error).splitlines()[0]}") from None
 

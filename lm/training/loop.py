@@ -38,7 +38,7 @@ def run_loop(
     checkpoints: Checkpoints,
     record: Callable[[dict[str, Any]], None],
     on_step: Callable[[int], None] = lambda step: None,
-    is_asked_to_stop: Callable[[], bool] = lambda: False,
+    is_asked_to_stop: Callable[[int], bool] = lambda step: False,
 ) -> Progress:
     """Trains to the end.
 
@@ -50,7 +50,7 @@ def run_loop(
       schedule: step -> learning rate, before the plateau's factor.
       record: takes a line of metrics.
       on_step: called after each step was dispatched.
-      is_asked_to_stop: asked after each step.
+      is_asked_to_stop: asked after each step; of several processes all must say the same.
 
     Raises:
       UserError: a bad step; the last checkpoint stays.
@@ -64,13 +64,15 @@ def run_loop(
     tokens_per_step = source.tokens_per_step
     mark, logged = time.perf_counter(), (start // training.log_every_steps * training.log_every_steps, progress.seconds)
 
+    local_rows = placement.local_rows(config.data.batch_size)
+
     def batch(step):
-        return placement.put_rows(source.batch(step, slice(None)))
+        return placement.put_local_rows(source.batch(step, local_rows))
 
     for step, rows in enumerate(prefetch(batch, start, training.num_steps, config.data.prefetch), start + 1):
         state, carry = (skip_fn if step in progress.left_out else step_fn)(state, carry, rows)
         on_step(step)
-        last, stops = step == training.num_steps, is_asked_to_stop()
+        last, stops = step == training.num_steps, is_asked_to_stop(step)
         looks = last or step % training.evaluate_every_steps == 0
         saves = (training.checkpoint_every_steps and step % training.checkpoint_every_steps == 0) or looks or stops
         logs = last or step % training.log_every_steps == 0
@@ -101,9 +103,9 @@ def run_loop(
                 state = state.replace(controls=placement.put_state({"learning_rate_scale": np.float32(scale)}))
             progress.finished = last or progress.out_of_patience(training.early_stopping)
         if saves:
-            host = placement.get_state(state)
-            rest = {"state": host.replace(params=None), "carry": placement.get_rows(carry)}
-            checkpoints.save(step, host.params, rest, dataclasses.asdict(progress))
+            whole = placement.to_save(state)
+            rest = {"state": whole.replace(params=None), "carry": placement.get_rows(carry)}
+            checkpoints.save(step, whole.params, rest, dataclasses.asdict(progress))
         if progress.finished:
             break
         if stops:

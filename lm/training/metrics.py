@@ -1,10 +1,12 @@
 """The metrics of training: figures from sums, the check that they are finite, metrics.jsonl and TensorBoard events."""
 
+import contextlib
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from lm import processes
 from lm.config import TrainingConfig
 from lm.errors import UserError
 from lm.evaluation.perplexity import perplexity
@@ -79,6 +81,23 @@ def _stop(what, problem, learning_rate, checkpoints):
         "smaller config.optimizer.clip_norm or more config.optimizer.warmup_steps; "
         + (f"the checkpoint of step {kept[-1]} is kept" if kept else "there was no checkpoint yet")
     )
+
+
+@contextlib.contextmanager
+def recording(
+    folder: RunFolder, step: int, heard: Callable[[dict[str, Any]], None]
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A context that gives a function which records a line of metrics; only in the first process does it do so.
+
+    Args:
+      step: that training goes on from; what stood in the files behind it is cut off.
+      heard: told of every line from there on.
+    """
+    if not processes.is_first():
+        yield lambda line: None
+        return
+    with contextlib.closing(MetricsLog(folder, step, heard)) as log:
+        yield log.record
 
 
 class MetricsLog:

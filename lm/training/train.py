@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lm import processes
 from lm.config import Config, resolve
 from lm.data import corpus, sources, tokenizers
 from lm.data.batches import BatchSource, batches
@@ -26,7 +27,7 @@ from lm.runs.folder import RunFolder
 from lm.runs.open import open_run, parameter_shapes
 from lm.training import optimizer as optimizers
 from lm.training.loop import run_loop
-from lm.training.metrics import MOST_LEFT_OUT, MetricsLog, RollBack, stop_for_many_bad_steps
+from lm.training.metrics import MOST_LEFT_OUT, RollBack, recording, stop_for_many_bad_steps
 from lm.training.progress import Progress
 from lm.training.step import TrainState, dropout_key, initial_state, skip_step, train_step
 
@@ -82,7 +83,7 @@ class Listener:
         """A step was bad; training goes on from the checkpoint of another, and will leave the bad one's batch out."""
 
     def is_asked_to_stop(self) -> bool:
-        """Whether training is to save and end after this step."""
+        """Whether training is to save and end after this step; of several processes their scheduler is asked instead."""
         return False
 
 
@@ -132,24 +133,38 @@ def _tokenizer_of(config):
 def train(draft: Config, workdir: str, listener: Listener | None = None) -> Trained:
     """Trains a run to its end, from the start or from where it was interrupted; a finished run is left as it is.
 
+    Several processes call this together; all must see the same folder.
+
     Raises:
       UserError: bad config, text or folder; another experiment's folder; a non-finite loss.
-      Preempted: the listener asked to stop.
+      Preempted: the listener, or a scheduler of several processes, asked to stop.
     """
     listener = listener or Listener()
     folder = RunFolder(workdir)
-    with folder.locked(), Checkpoints(folder.checkpoints) as checkpoints:
-        experiment = prepare(draft, folder)
-        checkpoints.shapes = parameter_shapes(experiment.model)
-        if folder.config.exists():
-            folder.check_same_experiment(experiment.config, experiment.facts)
-            folder.update_config(draft, experiment.config)
+    with contextlib.ExitStack() as held:
+
+        def take_up():
+            if processes.is_first():
+                held.enter_context(folder.locked())
+            experiment = prepare(draft, folder)
+            if isinstance(experiment.model, Ngram) and processes.number() > 1:
+                raise UserError("an n-gram is counted by one process; train it on one host")
+            if folder.config.exists():
+                folder.check_same_experiment(experiment.config, experiment.facts)
+                if processes.is_first():
+                    folder.update_config(draft, experiment.config)
+            return experiment
+
+        experiment = processes.in_turn(take_up)
+        checkpoints = held.enter_context(Checkpoints(folder.checkpoints, parameter_shapes(experiment.model)))
         if isinstance(experiment.model, Ngram):
             return _count(draft, experiment, folder, checkpoints, listener)
         return _train(draft, experiment, folder, checkpoints, listener)
 
 
 def _begin(draft, experiment, folder, devices):
+    if not processes.is_first():
+        return
     tokenizers.save(experiment.tokenizer, folder.tokenizer)
     folder.write_config(draft, experiment.config, experiment.facts)
     folder.write_environment(devices)
@@ -199,13 +214,13 @@ def _train(draft, experiment, folder, checkpoints, listener):
             schedule=schedule,
             checkpoints=checkpoints,
             on_step=listener.stepped,
-            is_asked_to_stop=listener.is_asked_to_stop,
+            is_asked_to_stop=processes.are_asked_to_stop if processes.number() > 1 else lambda step: listener.is_asked_to_stop(),
         )
         done = None
         while done is None:
             try:
-                with contextlib.closing(MetricsLog(folder, step, listener.recorded)) as log:
-                    done = run(state, carry, progress, record=log.record)
+                with recording(folder, step, listener.recorded) as record:
+                    done = run(state, carry, progress, record=record)
             except RollBack as bad:
                 checkpoints.wait()
                 left_out = [*progress.left_out, bad.step]
@@ -265,7 +280,7 @@ def _restore(config, model, optimizer, source: BatchSource, checkpoints) -> tupl
     params = initialise(model, config.seed)
     state = initial_state(params, optimizer, config.training)
     carry = model.initial_carry(config.data.batch_size) if source.carries else None
-    step = checkpoints.latest_sound()
+    step = processes.in_turn(checkpoints.latest_sound)
     if step is not None:
         like = {"state": state.replace(params=None), "carry": carry}
         params, rest = checkpoints.restore(step, params, like)

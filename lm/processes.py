@@ -1,0 +1,95 @@
+"""The processes of one job, each with devices of its own: how they meet, agree, and which of them writes. One pays nothing."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lm.errors import UserError
+
+Result = TypeVar("Result")
+
+_LONGEST_SENTENCE = 4096  # bytes
+
+
+def join(coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Meets the other processes of the job; before anything else is asked of JAX.
+
+    Args:
+      coordinator_address: "host:port" of the first process. All None: the scheduler knows (SLURM, Cloud TPU, GKE).
+
+    Raises:
+      UserError: they did not meet.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"the processes of this job did not meet ({' '.join(str(error).split())}); start the same command on every host, or "
+            "give --coordinator_address=HOST:PORT, --num_processes and --process_id"
+        ) from None
+
+
+def number() -> int:
+    """How many processes the job has."""
+    return jax.process_count()
+
+
+def index() -> int:
+    """Which of them this is, from 0."""
+    return jax.process_index()
+
+
+def is_first() -> bool:
+    """Whether this is the one that writes what only one may write."""
+    return index() == 0
+
+
+def in_turn(function: Callable[[], Result]) -> Result:
+    """What a function gives, called in the first process before all others, so that these find what it has put on disk.
+
+    Raises:
+      UserError: it did so in any process; then in all.
+    """
+    if number() == 1:
+        return function()
+    for turn_of_first in (True, False):
+        sentence = ""
+        if is_first() == turn_of_first:
+            try:
+                result = function()
+            except UserError as error:
+                sentence = str(error)
+        told = [bytes(text).rstrip(b"\0").decode() for text in multihost_utils.process_allgather(_padded(sentence))]
+        if any(told):
+            raise UserError(next(filter(None, told)))
+    return result
+
+
+def _padded(sentence):
+    text = np.frombuffer(sentence.encode()[:_LONGEST_SENTENCE], np.uint8)
+    return np.pad(text, (0, _LONGEST_SENTENCE - len(text)))
+
+
+def agreed(value: int) -> int:
+    """The first process's value, in all."""
+    return value if number() == 1 else int(multihost_utils.broadcast_one_to_all(np.int64(value)))
+
+
+def wait_for_all(where: str) -> None:
+    """Returns when every process has come here."""
+    if number() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def are_asked_to_stop(step: int) -> bool:
+    """Whether some process was sent SIGTERM and this is the step, the same in all, to stop after; to be asked at every step."""
+    return number() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def all_rows(tree):
+    """Every process's rows of NumPy or global arrays, in order, as NumPy arrays."""
+    return multihost_utils.process_allgather(tree, tiled=True)
