@@ -13,7 +13,7 @@ import math
 from absl import flags
 
 from launch import command, hosts
-from lm.errors import UserError
+from lm.errors import Preempted, UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -56,7 +56,10 @@ def main(overrides):
         print(f"would train {console.describe(experiment)}")
         return {"config": FLAGS.config, **experiment.facts, "bytes_per_device": memory}
     if not processes.is_first():
-        train(draft, FLAGS.workdir, Listener())
+        try:
+            train(draft, FLAGS.workdir, Listener())
+        except Preempted:
+            hosts.leave(143)  # the first tells of it
         return None
     listener = console.Console()
     try:
