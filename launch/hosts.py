@@ -5,6 +5,7 @@ the guard, which knows nothing of JAX, and its child, which trains. The guards w
 """
 
 import collections
+import contextlib
 import ctypes
 import glob
 import json
@@ -189,7 +190,12 @@ class _Peers:
 
 def _guard(child, reading, folder, account) -> NoReturn:
     """Waits for the child to end, and ends it where another process of the job has failed."""
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
+
+    def terminate(*_):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(child, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, terminate)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the child as well
     ended, peers = None, None
     while peers is None:
@@ -213,8 +219,7 @@ def _guard(child, reading, folder, account) -> NoReturn:
             what, code = failed
             if ended is None:
                 os.kill(child, signal.SIGKILL)
-            peers.beat(code)
-            account.unlink()
+            account.unlink()  # and no sign of this end, which the others would take for its cause
             if code == 1:
                 raise UserError(f"{what}; the same command, also on another number of hosts, goes on from the last checkpoint")
             leave(code)

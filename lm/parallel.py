@@ -124,7 +124,8 @@ class Placement:
         """The global tree of a replicated one, as NumPy arrays of their own."""
         if self.num_devices == 1:
             return _whole(tree)
-        return jax.tree.map(lambda x: x[0], _whole(jax.tree.map(lambda x: x.addressable_shards[0].data, tree)))
+        copies = _whole(jax.tree.map(lambda x: x.addressable_shards[0].data, tree))
+        return jax.tree.map(lambda x: x.reshape(x.shape[1:]), copies)  # x[0] would make a scalar of what is an array
 
     def to_save(self, tree) -> Any:
         """The global tree of a placed one, as checkpoints take it: as `get_state` gives it, or arrays of which each process
