@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from launch import hosts
+from launch import guard
 from lm.config import Config, Section, unknown_field
 from lm.errors import Preempted, UserError
 from lm.files import check_writable, write_json
@@ -59,19 +59,19 @@ def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = Fa
         sys.stdout.flush()
     except UserError as error:
         print(f"{verb}: {error}", file=sys.stderr)
-        hosts.leave(1)
+        guard.leave(1)
     except Preempted as stop:
         print(
             f"\n{verb}: stopped by SIGTERM after step {stop.step}, which is saved; the same command goes on there",
             file=sys.stderr,
         )
-        hosts.leave(143)  # as a shell tells of it
+        guard.leave(143)  # as a shell tells of it
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush at exit fails again
         sys.exit(141)  # as a shell tells of SIGPIPE
     except KeyboardInterrupt:
         print(f"\n{verb}: interrupted{'; the same command goes on from the last checkpoint' if resumes else ''}", file=sys.stderr)
-        hosts.leave(130)
+        guard.leave(130)
 
 
 def _unraisable(unraisable) -> None:

@@ -12,7 +12,7 @@ import math
 
 from absl import flags
 
-from launch import command, hosts
+from launch import command, guard, hosts
 from lm.errors import Preempted, UserError
 
 FLAGS = flags.FLAGS
@@ -34,7 +34,7 @@ def main(overrides):
     draft = command.load_config(FLAGS.config, overrides)
     meeting = FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id
     if hosts.is_one_of_many(*meeting) and not FLAGS.dry_run:
-        hosts.join(FLAGS.workdir, *meeting)
+        guard.join(FLAGS.workdir, *meeting)
     from launch import console
     from lm import backend, parallel, processes
     from lm.evaluation.perplexity import perplexity
@@ -59,7 +59,7 @@ def main(overrides):
         try:
             train(draft, FLAGS.workdir, Listener())
         except Preempted:
-            hosts.leave(143)  # the first tells of it
+            guard.leave(143)  # the first tells of it
         return None
     listener = console.Console()
     try:

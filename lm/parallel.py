@@ -154,7 +154,7 @@ class Placement:
 
     def put_local_rows(self, tree):
         """As `put_rows`, of a tree that has only the rows which this process holds."""
-        if processes.number() == 1:
+        if self.num_devices == 1:
             return self.put_rows(tree)
         mine = _held(self._sharding, self.num_devices)
         split = jax.tree.map(lambda x: np.reshape(x, (mine.stop - mine.start, -1, *np.shape(x)[1:])), tree)
@@ -248,7 +248,7 @@ class Sharded(Placement):
         return _held(self._rows, num_rows)
 
     def put_local_rows(self, tree):
-        return self.put_rows(tree) if processes.number() == 1 else _put_held(tree, self._rows, self.num_row_parts)
+        return _put_held(tree, self._rows, self.num_row_parts)
 
     def get_rows(self, tree):
         return self.get_state(tree)
@@ -290,6 +290,8 @@ def _held(sharding, num_rows) -> slice:
 
 def _put_held(tree, sharding, num_parts):
     """As `_put`, of rows in `num_parts` parts, of which the tree has only those that this process holds."""
+    if processes.number() == 1:
+        return jax.device_put(tree, sharding)
     mine = _held(sharding, num_parts)
 
     def put(x):

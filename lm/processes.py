@@ -18,7 +18,9 @@ def join(coordinator_address: str | None = None, num_processes: int | None = Non
     """Meets the other processes of the job; before anything else is asked of JAX.
 
     Args:
-      coordinator_address: "host:port" of the first process. All None: the scheduler knows (SLURM, Cloud TPU, GKE).
+      coordinator_address: "host:port" of the first process.
+      num_processes, process_id: how many there are, and which of them this is, from 0. All None: the scheduler tells (SLURM,
+        Cloud TPU, GKE).
 
     Raises:
       UserError: they did not meet.
@@ -51,6 +53,9 @@ def is_first() -> bool:
 def in_turn(function: Callable[[], Result]) -> Result:
     """What a function gives, called in the first process before all others, so that these find what it has put on disk.
 
+    Args:
+      function: called once in each process; whatever it does in one alone, it must not wait for another.
+
     Raises:
       UserError: it did so in any process; then in all.
     """
@@ -63,7 +68,9 @@ def in_turn(function: Callable[[], Result]) -> Result:
                 result = function()
             except UserError as error:
                 sentence = str(error)
-        told = [bytes(text).rstrip(b"\0").decode() for text in multihost_utils.process_allgather(_padded(sentence))]
+        told = [
+            bytes(text).rstrip(b"\0").decode(errors="ignore") for text in multihost_utils.process_allgather(_padded(sentence))
+        ]
         if any(told):
             raise UserError(next(filter(None, told)))
     return result
@@ -75,8 +82,8 @@ def _padded(sentence):
 
 
 def agreed(value: int) -> int:
-    """The first process's value, in all."""
-    return value if number() == 1 else int(multihost_utils.broadcast_one_to_all(np.int64(value)))
+    """The first process's value, in all; it must fit into 32 bits."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def wait_for_all(where: str) -> None:
@@ -85,11 +92,16 @@ def wait_for_all(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
-def are_asked_to_stop(step: int) -> bool:
-    """Whether some process was sent SIGTERM and this is the step, the same in all, to stop after; to be asked at every step."""
-    return number() > 1 and multihost_utils.reached_preemption_sync_point(step)
+def are_asked_to_stop(step: int, alone: Callable[[], bool]) -> bool:
+    """Whether to stop after this step; to be asked at every step.
+
+    Args:
+      step: just done, from 1.
+      alone: decides for a process that has no others. Several stop, all after the same step, when any was sent SIGTERM.
+    """
+    return alone() if number() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
 
 def all_rows(tree):
-    """Every process's rows of NumPy or global arrays, in order, as NumPy arrays."""
+    """Every process's rows, axis 0 of NumPy or global arrays, in the order of the processes, as NumPy arrays."""
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -45,6 +45,28 @@ def rng():
     return np.random.default_rng(20)
 
 
+@pytest.fixture(scope="module")
+def compilations_shared(tmp_path_factory):
+    """Keeps what XLA compiles in a folder, so that a run taken up again is not compiled again; also by processes started."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    compilation_cache.reset_cache()  # whether there is a cache is looked up once
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+        del os.environ[name.upper()]
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """A function (architecture, fields) -> resolved config of a model of two layers of width 8.

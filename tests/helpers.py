@@ -136,29 +136,9 @@ def untrained_run(config: Config, workdir: pathlib.Path, scale: float = 1.0, ste
     return workdir
 
 
-@contextlib.contextmanager
-def compilations_shared(folder: pathlib.Path):
-    """Keeps what XLA compiles in a folder, so that a run taken up again is not compiled again; also by processes started."""
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    compilation_cache.reset_cache()  # whether there is a cache is looked up once
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-            del os.environ[name.upper()]
-        compilation_cache.reset_cache()
+def without_timings(record):
+    """A line of metrics, or what is saved as progress, without what differs from one computation to its repetition."""
+    return {name: value for name, value in record.items() if name not in ("seconds", "tokens_per_second")}
 
 
 class Called(NamedTuple):

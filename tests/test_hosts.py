@@ -14,12 +14,14 @@ import time
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, changed, compilations_shared, config_file, draft, write_corpus
+from helpers import ROOT, changed, config_file, draft, without_timings, write_corpus
 
 from launch import hosts
 from lm.errors import UserError
 from lm.runs.checkpoint import Checkpoints
 from lm.runs.folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("compilations_shared")
 
 # Sums over processes add in another order than sums within one, and some steps let the rounding grow. A row that is read
 # twice, a mask or a reset that differs shows at 1e-2.
@@ -41,12 +43,6 @@ RUNS = {
         training__num_micro_batches=2,
     ),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared(tmp_path_factory):
-    with compilations_shared(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +72,8 @@ def job(config_path, workdir, num_processes, num_devices):
     command = [sys.executable, "-m", "launch.train", f"--config={config_path}", f"--workdir={workdir}"]
     if num_processes > 1:
         command += [f"--coordinator_address=localhost:{port}", f"--num_processes={num_processes}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
+    emulated = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num_devices}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": emulated}
     started = [
         subprocess.Popen(
             [*command, *([f"--process_id={index}"] if num_processes > 1 else [])],
@@ -107,10 +104,7 @@ def ends(processes, timeout=300):
 def outcome(workdir):
     """The final parameters, and metrics without timings."""
     checkpoints = Checkpoints(workdir / "checkpoints")
-    lines = [
-        {name: value for name, value in line.items() if name not in ("seconds", "tokens_per_second")}
-        for line in RunFolder(workdir).read_metrics()
-    ]
+    lines = [without_timings(line) for line in RunFolder(workdir).read_metrics()]
     return checkpoints.params(checkpoints.latest_sound()), lines
 
 
@@ -193,11 +187,27 @@ def test_a_lost_process_ends_the_others_within_a_minute(corpus, tmp_path, victim
             assert process.stdout.readline() == f"going on from step {checkpoints.latest_sound()}\n"
 
 
-def test_what_is_wrong_in_one_process_is_told_by_all(corpus, tmp_path):
-    path = config_file(tmp_path / "config.py", config_of(corpus, "lstm", data__batch_size=6))
-    with job(path, tmp_path / "run", 2, 2) as processes:
+@pytest.mark.parametrize(
+    "architecture, fields, sentence",
+    [
+        ("lstm", dict(data__batch_size=6), "config.data.batch_size is 6, which 4 devices do not divide"),
+        ("lstm", dict(num_devices=2), "config.num_devices is 2, but the 2 processes have 4 devices"),
+        ("ngram", {}, "an n-gram is counted by one process"),
+    ],
+)
+def test_what_several_processes_refuse(corpus, tmp_path, architecture, fields, sentence):
+    config = config_of(corpus, architecture, **fields) if architecture in RUNS else draft(corpus, architecture)
+    with job(config_file(tmp_path / "config.py", config), tmp_path / "run", 2, 2) as processes:
         for code, _, err in ends(processes):
-            assert code == 1 and "launch.train: config.data.batch_size is 6, which 4 devices do not divide" in err
+            assert code == 1 and f"launch.train: {sentence}" in err
+
+
+def test_what_is_wrong_in_one_process_is_told_by_all(corpus, tmp_path):
+    """Only the first process takes the lock."""
+    path = config_file(tmp_path / "config.py", config_of(corpus, "lstm"))
+    with RunFolder(tmp_path / "run").locked(), job(path, tmp_path / "run", 2, 2) as processes:
+        for code, _, err in ends(processes):
+            assert code == 1 and err.startswith(f"launch.train: --workdir {tmp_path / 'run'} is in use by another run")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from helpers import ROOT, changed, compilations_shared, config_file, draft, refused, write_corpus
+from helpers import ROOT, changed, config_file, draft, refused, without_timings, write_corpus
 
 from launch import compare
 from launch.console import Console
@@ -26,13 +26,7 @@ from lm.training import train as training
 from lm.training.metrics import MetricsLog
 from lm.training.train import Listener, train
 
-TIMINGS = ("seconds", "tokens_per_second")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared(tmp_path_factory):
-    with compilations_shared(tmp_path_factory.mktemp("compiled")):
-        yield
+pytestmark = pytest.mark.usefixtures("compilations_shared")
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +67,6 @@ def transformer(corpus, **fields):
 INTERVALS = dict(
     training__num_steps=60, training__log_every_steps=3, training__evaluate_every_steps=7, training__checkpoint_every_steps=4
 )
-
-
-def without_timings(record):
-    return {name: value for name, value in record.items() if name not in TIMINGS}
 
 
 def outcome(workdir):
@@ -149,7 +139,7 @@ def test_an_uninterrupted_run_is_what_its_config_says(runs):
         assert [line["step"] for line in lines if line["split"] == "valid"] == [*range(7, 60, 7), 60]
         for line in lines:
             assert line["tokens"] == line["step"] * 32 and line["perplexity"] == pytest.approx(math.exp(line["loss"]))
-        fields = {"gradient_norm", "clipped_share", "update_norm", "learning_rate", "epoch", *TIMINGS}
+        fields = {"gradient_norm", "clipped_share", "update_norm", "learning_rate", "epoch", "seconds", "tokens_per_second"}
         assert all(fields <= set(line) for line in lines if line["split"] == "train")
         assert lines[-1]["epoch"] >= 2
         valid = {line["step"]: line["loss"] for line in lines if line["split"] == "valid"}

@@ -214,7 +214,7 @@ def _train(draft, experiment, folder, checkpoints, listener):
             schedule=schedule,
             checkpoints=checkpoints,
             on_step=listener.stepped,
-            is_asked_to_stop=processes.are_asked_to_stop if processes.number() > 1 else lambda step: listener.is_asked_to_stop(),
+            is_asked_to_stop=functools.partial(processes.are_asked_to_stop, alone=listener.is_asked_to_stop),
         )
         done = None
         while done is None:
