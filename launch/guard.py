@@ -162,6 +162,12 @@ def _guard(child, reading, folder, account) -> NoReturn:
         ended, told = _ended(child), _told(reading)
         if told:
             peers = Peers(folder, **told)
+        elif ended == -signal.SIGABRT:  # how JAX ends a process that has waited in vain, after five minutes
+            account.unlink()
+            raise UserError(
+                "the processes of this job did not meet; start the same command on every host, and see that each can reach "
+                "--coordinator_address, or the first host of the scheduler's job"
+            )
         elif ended is not None:
             _leave_as(ended, account)
         else:

@@ -87,7 +87,7 @@ from lm import processes
 from lm.errors import Preempted, UserError
 
 guard._BEAT = 0.05
-processes.join = lambda *meeting: None  # it has no others
+processes.join = lambda *meeting: {meet}
 workdir = sys.argv.pop()
 
 def main(overrides):
@@ -111,11 +111,23 @@ command.run(main, "A verb.")
     ],
 )
 def test_a_guard_ends_as_its_child(tmp_path, last, code, sentences):
+    done = called(tmp_path, "None", last)  # a job of one process
+    assert done.returncode == code, done.stderr
+    assert all(sentence in done.stderr for sentence in sentences)
+
+
+def test_processes_that_do_not_meet(tmp_path):
+    """JAX aborts then."""
+    done = called(tmp_path, "os.abort()", "")
+    assert done.returncode == 1
+    assert done.stderr.startswith("-c: the processes of this job did not meet; ") and done.stderr.count("\n") == 1
+
+
+def called(tmp_path, meet, last):
+    script = _VERB.replace("{meet}", meet).replace("{last}", last)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    script = _VERB.replace("{last}", last)
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], env=env, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode == code, done.stderr
-    assert all(sentence in done.stderr for sentence in sentences)
     assert list((tmp_path / ".processes").glob("*.log")) == []
+    return done
