@@ -5,9 +5,13 @@ Run `pytest` for one process or `pytest -n 2` for two; each worker then computes
 
 import os
 import shutil
+import signal
 import tempfile
 
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+
+# A shell that starts this in the background has it ignore Ctrl-C, and with it the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if _WORKER is None:
     # What somebody exported for other work must not decide how a test ends. Workers of pytest-xdist inherit the result.
