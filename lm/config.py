@@ -225,6 +225,15 @@ class DataConfig(Section):
     batch_size: int = setting(32, "rows of a step over all devices", at_least=1)
     prefetch: int = setting(2, "batches made and put on the device ahead of time", at_least=0, resumable=True)
     cache_dir: str | None = setting(None, "folder of the token cache; by default lm in the user's cache folder", resumable=True)
+    prepared: str | None = setting(
+        None, "a folder made by launch.prepare_data from this config, whose tokens are read in place of the text", resumable=True
+    )
+    mixture: tuple[str, ...] | None = setting(
+        None, "further such folders, of the same tokenizer, whose train tokens are mixed into these", resumable=True
+    )
+    mixture_weights: tuple[float, ...] | None = setting(
+        None, "shares of training tokens: of the config's own text, then of each of the mixture", above=0, below=1
+    )
 
 
 @dataclasses.dataclass(eq=False)
@@ -591,6 +600,7 @@ def _resolve_data(data):
         raise UserError(
             f"config.data.fractions is {data.fractions}, but must be three shares (train, valid, test) that add up to 1"
         )
+    _resolve_mixture(data)
     if data.tokenizer == "word" and data.vocab_size is not None and data.vocab_size < 3:
         raise UserError(f"config.data.vocab_size is {data.vocab_size}, but word needs at least 3 (<eos>, <unk> and one word)")
     if data.tokenizer == "subword" and data.vocab_size < 258:
@@ -599,9 +609,23 @@ def _resolve_data(data):
         )
 
 
+def _resolve_mixture(data):
+    if (data.mixture is None) != (data.mixture_weights is None):
+        raise UserError("config.data.mixture and config.data.mixture_weights belong together; set both, or none")
+    if data.mixture is None:
+        return
+    if len(data.mixture_weights) != len(data.mixture) + 1 or abs(sum(data.mixture_weights) - 1) > 1e-6:
+        raise UserError(
+            f"config.data.mixture_weights is {data.mixture_weights}, but must be {len(data.mixture) + 1} shares that add up to "
+            "1: of the config's own text, then of each of config.data.mixture"
+        )
+
+
 def _resolve_rest(config):
     optimizer, training, evaluation, model = config.optimizer, config.training, config.evaluation, config.model
     _resolve_devices(config)
+    if config.data.mixture and model.architecture == "ngram":
+        raise UserError("config.data.mixture is set, but an n-gram counts one text; set it to None")
     if optimizer.clip_norm is not None and optimizer.clip_value is not None:
         raise UserError("config.optimizer.clip_norm and config.optimizer.clip_value are both set; set the other to None")
     if optimizer.weight_decay is None:

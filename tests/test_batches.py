@@ -11,7 +11,8 @@ import pytest
 from helpers import changed, corpus_of, model_and_params, refused
 
 from lm.config import Config, resolve
-from lm.data.batches import Batch, Packed, Padded, Stream, Windows, batches, prefetch
+from lm.data.batches import Batch, Packed, Padded, Stream, Windows, batches
+from lm.data.prefetch import prefetch
 from lm.objectives import causal_language_model
 
 EOS = 999

@@ -9,6 +9,7 @@ import pytest
 
 from launch.command import known_configs, load_config
 from lm.config import Config, Section, given_fields, recording
+from lm.data.prepare import Job, prepare
 from lm.data.tfds_text import prepare_text_files
 from lm.evaluation.evaluate import evaluate_run
 from lm.runs.open import open_run
@@ -178,6 +179,7 @@ RUNS = {
         data__order="packed",
     ),
     "ngram": dict(model__architecture="ngram", model__ngram_order=2),
+    "mixture": dict(model__hidden_dim=8),
 }
 
 
@@ -191,6 +193,10 @@ def test_what_is_set_is_read(name, corpus, tmp_path):
         pytest.importorskip("tensorflow_datasets")
         prepare_text_files({"train": corpus / "train.txt"}, tmp_path / "datasets")
         config.data.path, config.model.hidden_dim = str(tmp_path / "datasets"), 8
+    if name == "mixture":
+        folder = tmp_path / "prepared"
+        prepare(config, folder, Job())
+        config.data.prepared, config.data.mixture, config.data.mixture_weights = str(folder), (str(folder),), (0.5, 0.5)
     if name == "ngram":
         config = Config()
         config.data.source, config.data.path, config.data.tokenizer = "text", str(corpus), "byte"

@@ -1,5 +1,6 @@
 """Training to the end: broken off anywhere, by whatever, a run ends bit for bit as if it had not been; and when it ends early."""
 
+import itertools
 import json
 import logging
 import math
@@ -130,6 +131,16 @@ def runs(corpus, tmp_path_factory):
         found[name] = config, tmp_path_factory.mktemp(name)
         train(config, str(found[name][1]))
     return found
+
+
+def test_a_clock_that_jumps_changes_nothing(runs, corpus, tmp_path, monkeypatch):
+    config, whole = runs["lstm"]
+    times = itertools.cycle([1.8e9, 1.0e9, 0.0, 4.0e9, 1.8e9 + 1])  # seconds since 1970, to and fro over decades
+    monkeypatch.setattr(time, "time", lambda: next(times))
+    monkeypatch.setattr(time, "time_ns", lambda: int(next(times) * 1e9))
+    interrupt(config, tmp_path / "run", 30)
+    train(config, str(tmp_path / "run"))
+    assert_same_outcome(outcome(whole), outcome(tmp_path / "run"))
 
 
 def test_an_uninterrupted_run_is_what_its_config_says(runs):

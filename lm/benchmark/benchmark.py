@@ -229,7 +229,7 @@ class OurSide:
         config = self._experiment.config
         params = self._placement.get_state(initialise(self._experiment.model, config.seed))
         np.savez(scratch / "params.npz", **traverse_util.flatten_dict(params, sep="/"))
-        steps_per_epoch = batches(config, self._experiment.train).steps_per_epoch
+        steps_per_epoch = batches(config, self._experiment.train, self._experiment.mixture).steps_per_epoch
         schedule = optimizers.build(config, steps_per_epoch)[1]
         learning_rates = np.asarray(schedule(np.arange(_LEARNING_RATES)))
         return self._task, scratch / "params.npz", learning_rates
@@ -256,7 +256,7 @@ class TorchSide:
         config, vocab_size = experiment.config, experiment.facts["vocab_size"]
         with np.load(params) as arrays:
             params = traverse_util.unflatten_dict(dict(arrays), sep="/")
-        source = batches(config, experiment.train)
+        source = batches(config, experiment.train, experiment.mixture)
         device = {"cpu": "cpu", "gpu": "cuda"}[platform]
         self._peer = torch_peer.peer(task.mode, config, vocab_size, params, source, learning_rates, task.generation, device)
         self._compile_it = compile_it

@@ -14,7 +14,8 @@ import numpy as np
 
 from lm.benchmark.workloads import Generation, run_on
 from lm.config import RECURRENT, Config, ModelConfig
-from lm.data.batches import Batch, BatchSource, prefetch
+from lm.data.batches import Batch, BatchSource
+from lm.data.prefetch import prefetch
 from lm.errors import UserError
 
 _OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")  # whose updates in torch are those of lm.training.optimizer

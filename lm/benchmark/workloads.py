@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from lm.config import Config, resolve
-from lm.data.batches import batches, prefetch
+from lm.data.batches import batches
+from lm.data.prefetch import prefetch
 from lm.errors import UserError
 from lm.evaluation.generate import Sampling, sample_tokens
 from lm.evaluation.scorers import neural_scorer, score_ahead
@@ -127,7 +128,7 @@ class Training:
 
     def __init__(self, experiment: Experiment, placement: Placement):
         config, model = experiment.config, experiment.model
-        source = batches(config, experiment.train)
+        source = batches(config, experiment.train, experiment.mixture)
         self.tokens_per_unit = float(source.tokens_per_step)
         optimizer, _ = optimizers.build(config, source.steps_per_epoch)
         self._step = compile_step(config, model, optimizer, placement)
@@ -175,7 +176,7 @@ class Evaluation:
 
     def __init__(self, experiment: Experiment, placement: Placement):
         config, model = experiment.config, experiment.model
-        source = batches(config, experiment.train)
+        source = batches(config, experiment.train, experiment.mixture)
         self.tokens_per_unit = float(source.tokens_per_step)
         self._scorer = neural_scorer(model, placement)(placement.put_state(initialise(model, config.seed)))
         self._rows = config.data.batch_size if source.carries else None
@@ -210,7 +211,7 @@ class Generating:
         self._prompt_BT = np.full((generation.num_samples, 1), experiment.tokenizer.eos, np.int32)
         self._keys = (jax.random.key(seed) for seed in itertools.count())
         self._scorer = neural_scorer(model, placement)(self._params)
-        self._first = batches(config, experiment.train).batch(0, slice(None))
+        self._first = batches(config, experiment.train, experiment.mixture).batch(0, slice(None))
 
     def run(self, num_units: int) -> tuple[float, float]:
         started = time.perf_counter()

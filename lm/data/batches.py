@@ -1,8 +1,8 @@
-"""Batches as pure functions of (seed, step, rows): streams, shuffled windows, documents; and their way to the device."""
+"""Batches as pure functions of (seed, step, rows): streams, shuffled windows, documents, and mixtures of several corpora."""
 
-import queue
-import threading
-from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -11,7 +11,10 @@ from flax import struct
 
 from lm.config import Config
 from lm.data.corpus import Corpus
+from lm.data.shards import pieces
 from lm.errors import UserError
+
+_OF_MIXTURE = 1  # tells the seeds of a mixture's order from those of its windows
 
 
 @struct.dataclass
@@ -36,7 +39,8 @@ class Batch:
 
 class BatchSource(Protocol):
     """Attributes: `shapes`, every (B, T) that occurs, one compilation each; `carries`, whether state goes from step to step;
-    `steps_per_epoch` and `tokens_per_step` (padding left out, the mean over an epoch), exact."""
+    `steps_per_epoch` and `tokens_per_step` (padding left out, the mean over an epoch), exact; of a mixture both counts are
+    those of its first part."""
 
     shapes: tuple[tuple[int, int], ...]
     carries: bool
@@ -48,6 +52,9 @@ class BatchSource(Protocol):
 
     def batch(self, step: int, rows: slice) -> Batch:
         """The given rows of a step's batch, in NumPy; pure."""
+
+    def counts(self, num_steps: int) -> dict[str, int]:
+        """For a line of metrics: of a mixture, the tokens that the first steps took from each part; else nothing."""
 
 
 class _Source:
@@ -66,6 +73,10 @@ class _Source:
     def _lay_out(self, corpus):
         """Number of rows that the corpus fills."""
         return len(corpus.tokens) // self.seq_len
+
+    def counts(self, num_steps):
+        del num_steps
+        return {}
 
     def _batch(self, starts, rows, reset):
         """Rows that predict `tokens[start : start + seq_len]`, each token from the one before it, the first from `eos`."""
@@ -99,8 +110,11 @@ class Stream(_Source):
         return step // self.steps_per_epoch
 
     def batch(self, step, rows):
+        return self.rows(step, range(self.batch_size)[rows])
+
+    def rows(self, step: int, rows: Sequence[int]) -> Batch:
+        """Rows of a step by their numbers."""
         within = step % self.steps_per_epoch
-        rows = range(self.batch_size)[rows]
         return self._batch([row * self.row_length + within * self.seq_len for row in rows], rows, reset=within == 0)
 
 
@@ -121,29 +135,28 @@ class Windows(_Source):
     def epoch(self, step):
         return step * self.batch_size // self.num_windows
 
-    def _windows(self, step, rows):
-        """Numbers of the windows in some rows of a step."""
-        from grain.experimental import index_shuffle
-
-        windows = []
-        for row in rows:
-            epoch, index = divmod(step * self.batch_size + row, self.num_windows)
-            seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
-            windows.append(
-                index_shuffle(index, max_index=self.num_windows - 1, seed=seed, rounds=4) if self.num_windows > 1 else 0
-            )
-        return np.array(windows)
-
     def batch(self, step, rows):
         rows = range(self.batch_size)[rows]
-        return self._batch(self._windows(step, rows) * self.seq_len, rows, reset=True)
+        return self.examples([step * self.batch_size + row for row in rows], rows)
+
+    def examples(self, examples: Sequence[int], rows: Sequence[int]) -> Batch:
+        """The windows of some examples, as the rows of those numbers."""
+        return self._batch(self._windows(examples) * self.seq_len, rows, reset=True)
+
+    def _windows(self, examples):
+        """Numbers of the windows that examples are."""
+        found = []
+        for example in examples:
+            epoch, index = divmod(example, self.num_windows)
+            found.append(shuffled(index, self.num_windows, (self.seed, epoch)))
+        return np.array(found, np.int64)
 
 
 class Packed(Windows):
     """The same windows, in which a document sees nothing of the one before it: a segment ends with its `eos`."""
 
-    def batch(self, step, rows):
-        batch = super().batch(step, rows)
+    def examples(self, examples, rows):
+        batch = super().examples(examples, rows)
         ends_BT = batch.targets_BT == self.eos
         return batch.replace(segments_BT=(1 + np.cumsum(ends_BT, axis=1) - ends_BT).astype(np.int32))
 
@@ -159,16 +172,19 @@ class Padded(Windows):
         self.tokens_per_step = Fraction(len(corpus.tokens)) / self.steps_per_epoch
 
     def _lay_out(self, corpus):
-        ends_D = np.flatnonzero(corpus.tokens == corpus.eos) + 1
+        found, before = [np.zeros(0, np.int64)], 0
+        for piece in pieces(corpus.tokens):
+            found.append(np.flatnonzero(piece == corpus.eos) + before + 1)
+            before += len(piece)
+        ends_D = np.concatenate(found)
         self._ends_D = ends_D if len(ends_D) and ends_D[-1] == len(corpus.tokens) else np.append(ends_D, len(corpus.tokens))
         self._starts_D = np.concatenate([[0], self._ends_D[:-1]])
         pieces_D = -(-(self._ends_D - self._starts_D) // self.seq_len)
         self._first_piece_D = np.cumsum(pieces_D) - pieces_D
         return int(pieces_D.sum())
 
-    def batch(self, step, rows):
-        rows = range(self.batch_size)[rows]
-        pieces_B = self._windows(step, rows)
+    def examples(self, examples, rows):
+        pieces_B = self._windows(examples)
         documents_B = np.searchsorted(self._first_piece_D, pieces_B, side="right") - 1
         starts_B = self._starts_D[documents_B] + (pieces_B - self._first_piece_D[documents_B]) * self.seq_len
         ends_B = self._ends_D[documents_B]
@@ -186,49 +202,160 @@ class Padded(Windows):
         )
 
 
-def batches(config: Config, corpus: Corpus) -> BatchSource:
-    """The configured source of training batches over a corpus."""
-    kind = {"stream": Stream, "windows": Windows, "packed": Packed, "padded": Padded}[config.data.order]
-    return kind(corpus, config.data.batch_size, config.data.seq_len, config.seed)
+class _Mixture:
+    """Several sources of one kind; what they share is said by the first, the config's own."""
+
+    def __init__(self, parts: dict[str, _Source], batch_size: int):
+        self._names, self._parts = list(parts), list(parts.values())
+        first = self._parts[0]
+        self.carries, self.batch_size = first.carries, batch_size
+        self.shapes = ((batch_size, first.seq_len),)
+
+    def batch(self, step, rows):
+        rows = range(self.batch_size)[rows]
+        places, batches = zip(*self._by_part(step, rows), strict=True)
+        back = np.argsort(np.concatenate(places))
+        joined = {}
+        for field in dataclasses.fields(Batch):
+            arrays = [getattr(batch, field.name) for batch in batches]
+            joined[field.name] = None if arrays[0] is None else np.concatenate(arrays)[back]
+        return Batch(**{**joined, "rows_B": np.asarray(rows, np.int32)})
+
+    def counts(self, num_steps):
+        tokens = self._tokens(num_steps)
+        return {f"tokens_from/{name}": int(found) for name, found in zip(self._names, tokens, strict=True)}
 
 
-def prefetch(make: Callable[[int], Any], first: int, last: int, depth: int) -> Iterator[Any]:
-    """Yields `make(step)` for first <= step < last, made ahead in a thread.
+class MixedStreams(_Mixture):
+    """A mixture of streams: each row reads one of them for ever, so that its carry goes on; shares are rounded to whole rows.
+
+    A stream that ends begins anew, and its rows alone are emptied then.
+    """
+
+    def __init__(self, corpora: dict[str, Corpus], weights: Sequence[float], batch_size: int, seq_len: int, seed: int):
+        counts = whole_shares(weights, batch_size)
+        for name, count in zip(corpora, counts, strict=True):
+            if not count:
+                raise UserError(
+                    f"config.data.mixture_weights {tuple(weights)} leave {name} none of the {batch_size} rows, each of which "
+                    "reads one stream; make config.data.batch_size or its share larger, or set config.data.order='windows'"
+                )
+        super().__init__(
+            {name: Stream(found, count, seq_len, seed) for (name, found), count in zip(corpora.items(), counts, strict=True)},
+            batch_size,
+        )
+        self._ends = np.cumsum(counts).tolist()
+        self.tokens_per_step: int | Fraction = batch_size * seq_len
+        self.steps_per_epoch: int | Fraction = self._parts[0].steps_per_epoch
+
+    def epoch(self, step):
+        return self._parts[0].epoch(step)
+
+    def _tokens(self, num_steps):
+        return [num_steps * part.tokens_per_step for part in self._parts]
+
+    def _by_part(self, step, rows):
+        """The places in `rows` that a part fills, and what it fills them with."""
+        for part, end in zip(self._parts, self._ends, strict=True):
+            first = end - part.batch_size
+            places = [place for place, row in enumerate(rows) if first <= row < end]
+            if places:
+                yield places, part.rows(step, [rows[place] - first for place in places])
+
+
+class MixedWindows(_Mixture):
+    """A mixture of shuffled windows (packed or padded ones too): of every 1,000 examples each part has its share, shuffled.
+
+    Which part example i is of, and which of that part's own, is a function of the seed and i alone, so any step is reached at
+    once; each part comes round in epochs of its own, every window once in each.
+    """
+
+    _BLOCK = 1000
+
+    def __init__(self, kind: type[Windows], corpora, weights: Sequence[float], batch_size: int, seq_len: int, seed: int):
+        self._counts = whole_shares(weights, self._BLOCK)
+        for name, count in zip(corpora, self._counts, strict=True):
+            if not count:
+                raise UserError(f"config.data.mixture_weights {tuple(weights)} give {name} less than a share of 0.001")
+        super().__init__({name: kind(found, batch_size, seq_len, seed) for name, found in corpora.items()}, batch_size)
+        self._ends = np.cumsum(self._counts)
+        self._seed, self._parts_of_block = seed, functools.lru_cache(4)(self._block_parts)
+        shares = [Fraction(count, self._BLOCK) for count in self._counts]
+        self.tokens_per_step = sum(share * part.tokens_per_step for share, part in zip(shares, self._parts, strict=True))
+        self.steps_per_epoch = self._parts[0].steps_per_epoch / shares[0]
+
+    def epoch(self, step):
+        return self._before(step * self.batch_size)[0] // self._parts[0].num_windows
+
+    def _tokens(self, num_steps):
+        examples = self._before(num_steps * self.batch_size)
+        return [number * part.tokens_per_step / self.batch_size for number, part in zip(examples, self._parts, strict=True)]
+
+    def _block_parts(self, block):
+        """The part that each example of a block is of, and how many of that part stand before it there."""
+        places = [shuffled(index, self._BLOCK, (self._seed, block, _OF_MIXTURE)) for index in range(self._BLOCK)]
+        parts = np.searchsorted(self._ends, places, side="right")
+        before = np.zeros(self._BLOCK, np.int64)
+        for part in range(len(self._parts)):
+            before[parts == part] = np.arange(self._counts[part])
+        return parts, before
+
+    def _own(self, example):
+        """The part that an example is of, and its number among that part's."""
+        block, index = divmod(example, self._BLOCK)
+        parts, before = self._parts_of_block(block)
+        part = int(parts[index])
+        return part, block * self._counts[part] + int(before[index])
+
+    def _before(self, example):
+        """How many examples of each part come before one."""
+        block, index = divmod(example, self._BLOCK)
+        here = np.bincount(self._parts_of_block(block)[0][:index], minlength=len(self._parts))
+        return [block * count + int(some) for count, some in zip(self._counts, here, strict=True)]
+
+    def _by_part(self, step, rows):
+        """The places in `rows` that a part fills, and what it fills them with."""
+        own = [self._own(step * self.batch_size + row) for row in rows]
+        for number, part in enumerate(self._parts):
+            places = [place for place, (of, _) in enumerate(own) if of == number]
+            if places:
+                yield places, part.examples([own[place][1] for place in places], places)
+
+
+def whole_shares(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers that add up to a total and are nearest to shares of it (largest remainders)."""
+    exact = np.asarray(weights) / np.sum(weights) * total
+    counts = np.floor(exact + 1e-9).astype(int)
+    for part in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
+        counts[part] += 1
+    return counts.tolist()
+
+
+def shuffled(index: int, length: int, seeds: tuple[int, ...]) -> int:
+    """Where a permutation of `length` things, one of its own for each tuple of seeds, puts the thing of an index."""
+    from grain.experimental import index_shuffle
+
+    return index_shuffle(index, max_index=length - 1, seed=_mixed(seeds), rounds=4) if length > 1 else 0
+
+
+@functools.lru_cache(64)
+def _mixed(seeds):
+    return int(np.random.SeedSequence(seeds).generate_state(1)[0])
+
+
+def batches(config: Config, corpus: Corpus, mixture: Mapping[str, Corpus] | None = None) -> BatchSource:
+    """The configured source of training batches.
 
     Args:
-      make: step -> batch, already on the device.
-      depth: batches to hold ready; 0 makes each when it is asked for.
+      corpus: the config's own train split.
+      mixture: what `config.data.mixture` adds to it, by name.
     """
-    if depth == 0:
-        yield from map(make, range(first, last))
-        return
-    ready: queue.Queue = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item):
-        while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work():
-        try:
-            for step in range(first, last):
-                if stop.is_set():
-                    return
-                put((make(step), None))
-        except BaseException as error:
-            put((None, error))
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        for _ in range(first, last):
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stop.set()
-        thread.join()
+    data = config.data
+    kind = {"stream": Stream, "windows": Windows, "packed": Packed, "padded": Padded}[data.order]
+    shape = data.batch_size, data.seq_len, config.seed
+    if not mixture:
+        return kind(corpus, *shape)
+    corpora = {data.source: corpus, **mixture}
+    if kind is Stream:
+        return MixedStreams(corpora, data.mixture_weights, *shape)
+    return MixedWindows(kind, corpora, data.mixture_weights, *shape)

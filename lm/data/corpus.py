@@ -7,11 +7,13 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 
 from lm.config import DataConfig
 from lm.data import sources, tokenizers
+from lm.data.shards import Shards, pieces
 from lm.errors import UserError
 from lm.files import sha256_of, user_cache
 
@@ -24,13 +26,13 @@ class Corpus:
 
     Attributes:
       name: what a message calls the split.
-      tokens: int [N], memory-mapped.
+      tokens: int [N], memory-mapped, in one file or in shards.
       size: bytes, words and hash of the original text.
       vocab_size, eos: those of the tokenizer.
     """
 
     name: str
-    tokens: np.ndarray
+    tokens: np.ndarray | Shards
     size: sources.TextSize
     vocab_size: int
     eos: int
@@ -41,10 +43,10 @@ class Corpus:
         check_ids(self.tokens, self.vocab_size, self.name)
 
 
-def check_ids(tokens: np.ndarray, vocab_size: int, name: str) -> None:
+def check_ids(tokens: np.ndarray | Shards, vocab_size: int, name: str) -> None:
     """Raises a UserError for a token id outside the vocabulary (an accelerator would silently clamp it)."""
-    for start in range(0, len(tokens), 1 << 24):
-        piece = tokens[start : start + (1 << 24)]
+    known = isinstance(tokens, Shards)  # those who made them have looked at each
+    for piece in [np.array([tokens.largest])] if known else pieces(tokens):
         worst = int(piece.max()) if int(piece.max()) >= vocab_size else int(piece.min())
         if not 0 <= worst < vocab_size:
             raise UserError(
@@ -76,39 +78,51 @@ def tokenise(split: sources.Split, tokenizer: tokenizers.Tokenizer, cache: pathl
     Each document of a closed split ends in one `eos`. With a tokenizer whose lines end in `eos`, every line does instead,
     the last one also where its newline is missing.
     """
+    if split.prepared is not None:
+        if split.prepared.tokenizer_sha256 != tokenizers.sha256(tokenizer):
+            raise UserError(
+                f"{split.name} holds the tokens of another tokenizer than this run's; prepare the text again with "
+                "launch.prepare_data and its --tokenizer=FILE, or set config.data.prepared=None"
+            )
+        return Corpus(split.name, split.prepared.tokens(), split.size, tokenizer.vocab_size, tokenizer.eos)
     key = hashlib.sha256(
         json.dumps([_FORMAT, split.size.sha256, split.closed, tokenizers.sha256(tokenizer)]).encode()
     ).hexdigest()[:24]
     folder = cache / f"tokens-{key}"
-    tokens = _open(folder)
+    dtype = token_type(tokenizer.vocab_size)
+    tokens = _open(folder, dtype)
     if tokens is None:
-        _make(split, tokenizer, folder)
-        tokens = _open(folder)
+        _make(split, tokenizer, folder, dtype)
+        tokens = _open(folder, dtype)
     if tokens is None:
         raise UserError(f"the token cache {folder} cannot be read back; remove it, or check the disk")
     return Corpus(split.name, tokens, split.size, tokenizer.vocab_size, tokenizer.eos)
 
 
-def _open(folder):
+def _open(folder, dtype):
     """The memory-mapped tokens, or None where there are none or they are damaged."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         path = folder / "tokens.bin"
-        if sha256_of(path) != manifest["sha256"]:
+        if sha256_of(path) != manifest["sha256"] or dtype.name != manifest["dtype"]:
             return None
-        return np.memmap(path, manifest["dtype"], "r") if manifest["tokens"] else np.zeros(0, manifest["dtype"])
+        return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _make(split, tokenizer, folder):
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+def token_type(vocab_size: int) -> np.dtype:
+    """In what the tokens of such a vocabulary are kept."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+
+
+def _make(split, tokenizer, folder, dtype):
     try:
         temporary = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             digest, count = hashlib.sha256(), 0
             with (temporary / "tokens.bin").open("wb") as file:
-                for ids in _ids(split, tokenizer):
+                for ids in token_ids(split, tokenizer):
                     count += len(ids)
                     piece = ids.astype(dtype).tobytes()
                     digest.update(piece)
@@ -126,7 +140,8 @@ def _make(split, tokenizer, folder):
             raise UserError(f"the token cache {folder.parent} cannot be written: {error.strerror}") from None
 
 
-def _ids(split, tokenizer):
+def token_ids(split: sources.Split, tokenizer: tokenizers.Tokenizer) -> Iterator[np.ndarray]:
+    """The ids of a split's text, line by line, as they are in a corpus."""
     for document in split.documents():
         yield from tokenizer.encode_lines(_with_final_newline(document) if tokenizer.ends_lines else document)
         if split.closed and not tokenizer.ends_lines:

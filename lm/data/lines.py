@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import math
 import pathlib
 import re
 import zlib
@@ -17,45 +18,69 @@ def lines_of(text: str) -> Iterator[str]:
     return iter(io.StringIO(text, newline="\n"))
 
 
-def read_lines(path: pathlib.Path) -> Iterator[str]:
+def read_lines(path: pathlib.Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
     """The lines of a UTF-8 text file or its .gz, newline kept, one at a time; a very long line in pieces.
+
+    Args:
+      start, stop: the bytes to read, from the beginning of a line to the end of one (`cuts` finds such); None: to the end.
 
     Raises:
       UserError: a file that is missing, empty, binary, not UTF-8, or has CRLF line ends or a byte order mark.
     """
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            file.seek(start)
+            since = f" from byte {start:,} on" if start else ""
             number = 0
-            for number, line in enumerate(_pieces(file), 1):
-                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+            for number, line in enumerate(_pieces(file, None if stop is None else stop - start), 1):
+                if number == 1 and not start and line.startswith(b"\xef\xbb\xbf"):
                     raise UserError(f"{path} begins with a byte order mark (BOM); remove it: sed -i '1s/^\\xEF\\xBB\\xBF//'")
                 if b"\0" in line:
-                    raise UserError(f"{path} is a binary file (line {number} holds a zero byte); text in UTF-8 is needed")
+                    raise UserError(f"{path} is a binary file (line {number}{since} holds a zero byte); text in UTF-8 is needed")
                 if line.endswith(b"\r\n"):
                     raise UserError(
-                        f"{path} has CRLF line ends (line {number}); make them LF, for example with: sed -i 's/\\r$//'"
+                        f"{path} has CRLF line ends (line {number}{since}); make them LF, for example with: sed -i 's/\\r$//'"
                     )
                 try:
                     yield line.decode()
                 except UnicodeDecodeError as error:
                     raise UserError(
-                        f"{path} is not UTF-8: byte {line[error.start]:#04x} in line {number}, column {error.start + 1}; "
+                        f"{path} is not UTF-8: byte {line[error.start]:#04x} in line {number}{since}, column {error.start + 1}; "
                         "convert it, for example with iconv"
                     ) from None
-            if not number:
+            if not number and not start:
                 raise UserError(f"{path} is empty; there is no text to read")
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _pieces(file) -> Iterator[bytes]:
+def cuts(path: pathlib.Path, num_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cuts a text file into parts of `num_bytes` or a little more, each from the beginning of a line to the end of one."""
+    try:
+        size, start = path.stat().st_size, 0
+        with path.open("rb") as file:
+            while True:
+                file.seek(start + num_bytes - 1)
+                while (piece := file.readline(_LONGEST)) and not piece.endswith(b"\n"):
+                    pass
+                stop = min(file.tell(), size)
+                yield start, stop
+                if stop == size:
+                    return
+                start = stop
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _pieces(file, num_bytes=None) -> Iterator[bytes]:
     """The lines of a binary file, those beyond _LONGEST bytes in pieces, so that memory does not grow with them.
 
     A line is cut before a single space between two words, where no tokenizer joins what stands on both sides; one that
     has none is cut between characters.
     """
-    rest = b""
-    while chunk := file.readline(_LONGEST):
+    rest, left = b"", math.inf if num_bytes is None else num_bytes
+    while chunk := file.readline(int(min(_LONGEST, left))):
+        left -= len(chunk)
         chunk, rest = rest + chunk, b""
         if len(chunk) >= _LONGEST and not chunk.endswith(b"\n"):
             cuts = [match.start() for match in re.finditer(rb"(?<=\S) (?=\S)", chunk)]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from lm.config import DataConfig
-from lm.data import synthetic, tfds_text
+from lm.data import shards, synthetic, tfds_text
 from lm.data.lines import lines_of, read_lines
 from lm.errors import UserError
 
@@ -29,16 +29,23 @@ class Split:
       documents: gives the documents, each an iterable of lines that keep their newline.
       closed: whether a document's end is an event of its own, which one `eos` stands for.
       floor: of a text whose law is known, what no model can beat; else None.
+      file: the plain text file whose bytes are the text, where there is one; parts of it can then be read alone.
+      prepared: the tokens of a text that was tokenised beforehand and need not be there any more; else None.
     """
 
     name: str
     documents: Callable[[], Iterable[Iterable[str]]]
     closed: bool = False
     floor: "Floor | None" = None
+    file: pathlib.Path | None = None
+    prepared: shards.PreparedSplit | None = None
 
     @functools.cached_property
     def size(self) -> "TextSize":
         """Counts and hash of the original text, in one pass."""
+        if self.prepared is not None:
+            facts = self.prepared.facts
+            return TextSize(facts["sha256"], facts["num_bytes"], facts["num_words"])
         digest, num_bytes, num_words = hashlib.sha256(), 0, 0
         for document in self.documents():
             for line in document:
@@ -79,7 +86,52 @@ def load(data: DataConfig) -> dict[str, Split]:
     Raises:
       UserError: a path that is missing, or text that cannot be read.
     """
+    if data.prepared is not None:
+        return prepared(data)
     return {"python_docs": python_docs, "text": text, "tfds": tfds_examples, "synthetic": synthetic_text}[data.source](data)
+
+
+def prepared(data: DataConfig) -> dict[str, Split]:
+    """The splits of `data.prepared`, which must have been made from such a config.
+
+    Raises:
+      UserError: no such folder, or one made with other settings.
+    """
+    found, made_with = shards.read(data.prepared, "prepared")
+    for name, value in shards.decisive(data).items():
+        if made_with.get(name) != value:
+            raise UserError(
+                f"config.data.prepared {data.prepared!r} was made with config.data.{name} = {made_with.get(name)!r}, but it is "
+                f"{value!r} now; make them equal, or run launch.prepare_data with this config into another folder"
+            )
+    floors = {name: split.floor for name, split in synthetic_text(data).items()} if data.source == "synthetic" else {}
+    return {
+        name: Split(f"{data.prepared}/{name}", functools.partial(_no_text, data.prepared), floor=floors.get(name), prepared=split)
+        for name, split in found.items()
+    }
+
+
+def mixture(data: DataConfig) -> dict[str, Split]:
+    """The train splits that `data.mixture` adds to the config's own, by the names of their folders.
+
+    Raises:
+      UserError: no such folder.
+    """
+    folders = data.mixture or ()
+    names = [pathlib.Path(folder).name for folder in folders]
+    if len({data.source, *names}) < 1 + len(names):  # then their paths tell them apart
+        names = list(folders)
+    found = {}
+    for name, folder in zip(names, folders, strict=True):
+        splits, _ = shards.read(folder, "mixture")
+        found[name] = Split(f"{folder}/train", functools.partial(_no_text, folder), prepared=splits["train"])
+    return found
+
+
+def _no_text(folder):
+    raise UserError(
+        f"{folder} holds the tokens of a text, not the text itself, which is asked for here; set config.data.prepared=None"
+    )
 
 
 def python_docs(data: DataConfig) -> dict[str, Split]:
@@ -183,7 +235,8 @@ def text(data: DataConfig) -> dict[str, Split]:
 
 def text_file(path: pathlib.Path) -> Split:
     """One file as one open document: its bytes are its text, and nothing is added at its end."""
-    return Split(str(path), functools.partial(_one_document, functools.partial(read_lines, path)))
+    plain = None if path.suffix == ".gz" else path
+    return Split(str(path), functools.partial(_one_document, functools.partial(read_lines, path)), file=plain)
 
 
 def _one_document(lines: Callable[[], Iterator[str]]) -> Iterator[Iterable[str]]:

@@ -240,14 +240,22 @@ def train(data: DataConfig, split: Split, cache: pathlib.Path) -> Tokenizer:
       split: the train split.
       cache: folder of the token cache.
     """
-    kind = _KINDS[data.tokenizer]
-    key = hashlib.sha256(json.dumps([kind.name, data.vocab_size, data.min_count, split.size.sha256]).encode()).hexdigest()[:24]
+    if split.prepared is not None:
+        return load(split.prepared.tokenizer)
+    key = hashlib.sha256(json.dumps([data.tokenizer, data.vocab_size, data.min_count, split.size.sha256]).encode()).hexdigest()[
+        :24
+    ]
     path = cache / f"tokenizer-{key}.json"
     if path.exists():
         try:
             return load(path)
         except UserError:
             path.unlink()  # a damaged entry of a cache is made again
-    tokenizer = kind.train(data, split)
+    tokenizer = fit(data, split)
     save(tokenizer, path)
     return tokenizer
+
+
+def fit(data: DataConfig, split: Split) -> Tokenizer:
+    """As `train`, without a cache and the pass over the text that finds its place there."""
+    return _KINDS[data.tokenizer].train(data, split)

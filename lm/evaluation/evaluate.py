@@ -136,7 +136,7 @@ def _source(run, split, text, data_path) -> sources.Split:
         if data_path is not None:
             if data.source not in _SOURCES_WITH_PATH:
                 raise UserError(f"--data_path is set, but this run's source is {data.source!r}, which has no path")
-            data = replaced(run.config, "data", path=data_path).data
+            data = replaced(run.config, "data", path=data_path, prepared=None).data
         try:
             found = sources.load(data)[split]
         except UserError as error:

@@ -5,6 +5,7 @@ import json
 import pathlib
 import typing
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -66,9 +67,20 @@ class Run:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 scores = TokenScores(arrays["targets"], arrays["nll"])
+            if scores.nll_N.dtype != np.float32 or scores.targets_N.dtype != np.int32:
+                raise ValueError(f"targets are {scores.targets_N.dtype} and nll {scores.nll_N.dtype}, not int32 and float32")
         except FileNotFoundError:
             raise UserError(f"{path} is missing, though {name}.json is there: evaluate the run again") from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            zipfile.BadZipFile,
+            zlib.error,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:
             raise UserError(f"{path} is damaged ({error}): evaluate the run again") from error
         total = scores.nll_N.sum(dtype=np.float64)
         shapes_fit = scores.targets_N.shape == scores.nll_N.shape == (figures["tokens"],)

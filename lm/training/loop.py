@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from lm.config import Config
-from lm.data.batches import BatchSource, prefetch
+from lm.data.batches import BatchSource
+from lm.data.prefetch import prefetch
 from lm.errors import Preempted
 from lm.parallel import Placement
 from lm.runs.checkpoint import Checkpoints
@@ -86,7 +87,7 @@ def run_loop(
         if logs:
             rate = float((step - logged[0]) * tokens_per_step) / max(progress.seconds - logged[1], 1e-9)
             rates = {"learning_rate": float(schedule(step - 1)) * scale, "tokens_per_second": round(rate, 1)}
-            record({**where, "split": "train", **train_figures(sums), **rates})
+            record({**where, "split": "train", **train_figures(sums), **rates, **source.counts(step)})
             progress.skipped_in_a_row = 0 if sums["steps"] else progress.skipped_in_a_row + int(sums["skipped_steps"])
             if progress.skipped_in_a_row >= MOST_LEFT_OUT:
                 stop_for_many_bad_steps(progress.skipped_in_a_row, schedule(step - 1) * scale, checkpoints)

@@ -39,6 +39,7 @@ class Experiment:
     Attributes:
       config: resolved, widths solved.
       facts: what config.json keeps beside the config: parameters, vocabulary, hashes of the text.
+      mixture: what is mixed into train, by name.
     """
 
     config: Config
@@ -47,6 +48,7 @@ class Experiment:
     valid: Corpus
     model: LanguageModel | Ngram
     facts: dict[str, Any]
+    mixture: dict[str, Corpus] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +108,18 @@ def prepare(draft: Config, folder: RunFolder | None = None) -> Experiment:
     else:
         tokenizer = tokenizers.train(config.data, splits["train"], cache)
     train, valid = (corpus.tokenise(splits[name], tokenizer, cache) for name in ("train", "valid"))
+    mixture = {name: corpus.tokenise(split, tokenizer, cache) for name, split in sources.mixture(config.data).items()}
     config = solve_widths(config, tokenizer.vocab_size)
     facts = {
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizers.sha256(tokenizer),
         "splits": {name: split.size.sha256 for name, split in splits.items()},
     }
+    if mixture:
+        facts["mixture"] = [found.size.sha256 for found in mixture.values()]
     if config.model.architecture != "ngram":
         facts["num_params"] = count_params(config, tokenizer.vocab_size)
-    return Experiment(config, tokenizer, train, valid, build(config, tokenizer.vocab_size), facts)
+    return Experiment(config, tokenizer, train, valid, build(config, tokenizer.vocab_size), facts, mixture)
 
 
 def _tokenizer_of(config):
@@ -197,7 +202,7 @@ def _train(draft, experiment, folder, checkpoints, listener):
     config, model = experiment.config, experiment.model
     placement = place(config)
     placement.check_rows(config.data.batch_size, config.training.num_micro_batches)
-    source = batches(config, experiment.train)
+    source = batches(config, experiment.train, experiment.mixture)
     optimizer, schedule = optimizers.build(config, source.steps_per_epoch)
     state, carry, progress, step = _restore(config, model, optimizer, source, checkpoints)
     if step < config.training.num_steps and not progress.out_of_patience(config.training.early_stopping):
@@ -265,7 +270,7 @@ def step_memory(experiment: Experiment, placement: Placement) -> dict[str, int]:
       and all that comes in between.
     """
     config, model = experiment.config, experiment.model
-    source = batches(config, experiment.train)
+    source = batches(config, experiment.train, experiment.mixture)
     optimizer, _ = optimizers.build(config, source.steps_per_epoch)
     like = placement.state_like(jax.eval_shape(lambda: initial_state(initialise(model, config.seed), optimizer, config.training)))
     carry = model.initial_carry(config.data.batch_size) if source.carries else None
