@@ -33,6 +33,7 @@ setup(
         "dev": [
             "pytest>=8.4",
             "pytest-xdist>=3.8",
+            "pytest-timeout>=2.4",
             "hypothesis>=6.150",
             "scipy>=1.15",
             "ruff>=0.14",

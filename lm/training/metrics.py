@@ -3,6 +3,7 @@
 import contextlib
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -105,28 +106,57 @@ class MetricsLog:
 
     def __init__(self, folder: RunFolder, step: int, heard: Callable[[dict[str, Any]], None]):
         """Takes the files back to `step`; `heard` is told of every line from there on."""
-        from tensorboardX import SummaryWriter
-
         self._folder, self._heard = folder, heard
         lines = folder.cut_metrics(step)
         shutil.rmtree(folder.tensorboard, ignore_errors=True)
-        self._events = SummaryWriter(str(folder.tensorboard))
+        self._events = _Events(folder.tensorboard)
         for line in lines:
-            self._event(line)
+            self._events.add(line)
 
     def record(self, line: dict[str, Any]) -> None:
         """Adds a line to both."""
         self._folder.append_metrics(line)
-        self._event(line)
+        self._events.add(line)
         self._heard(line)
-
-    def _event(self, line):
-        for name, value in line.items():
-            if name not in ("step", "split"):
-                self._events.add_scalar(f"{line['split']}/{name}", value, line["step"])
-        if line["split"] == "valid":
-            self._events.flush()
 
     def close(self) -> None:
         """Writes what is not yet on disk."""
         self._events.close()
+
+
+class _Events:
+    """A file of TensorBoard events, written here and now.
+
+    tensorboardX's SummaryWriter has a thread write; where a full disk or a clock that jumps ends that thread, it lets a run
+    wait for ever.
+    """
+
+    def __init__(self, folder):
+        from tensorboardX.event_file_writer import EventsWriter
+
+        self._folder = folder
+        with self._refusals():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = EventsWriter(str(folder / "events"))
+
+    def add(self, line):
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        values = {f"{line['split']}/{name}": value for name, value in line.items() if name not in ("step", "split")}
+        with self._refusals():
+            for name, value in values.items():
+                self._file.write_event(Event(wall_time=time.time(), step=line["step"], summary=scalar(name, value)))
+            if line["split"] == "valid":
+                self._file.flush()
+
+    def close(self):
+        with self._refusals():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _refusals(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._folder} cannot be written: {error.strerror}") from None
