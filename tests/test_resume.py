@@ -203,8 +203,7 @@ def launched(config_path, workdir):
 def wait_for_checkpoints(process, workdir, number):
     """Waits until so many checkpoints were ever finished."""
     for _ in range(20_000):
-        finished = list((workdir / "checkpoints").glob("[0-9]*/manifest.json")) if (workdir / "checkpoints").exists() else []
-        if max((int(path.parent.name) for path in finished), default=0) >= number:
+        if max(Checkpoints(workdir / "checkpoints").steps(), default=0) >= number:
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
