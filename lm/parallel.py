@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from lm import processes
 from lm.backend import give_back_freed_memory
 from lm.config import Config
 from lm.errors import UserError
-from lm.partition import ALL_ROWS, HEADS, ROWS, VOCABULARY, Partition, use as use_partition
+from lm.partition import ALL_ROWS, HEADS, ROWS, VOCABULARY, WIDTH, Partition, use as use_partition
 
 _AXIS = "devices"  # of pmap
 _DATA, _FSDP, _TENSOR = "data", "fsdp", "tensor"  # of a mesh
@@ -204,6 +204,7 @@ class Sharded(Placement):
                 ALL_ROWS: (_DATA, _FSDP, _TENSOR),
                 VOCABULARY: (_TENSOR,),
                 HEADS: (_TENSOR,),
+                WIDTH: (_TENSOR,),
             },
         )
         self.num_row_parts = self._partition.size(self._partition.axes[ROWS])
@@ -254,23 +255,39 @@ class Sharded(Placement):
         return self.get_state(tree)
 
     def _state_shardings(self, tree):
-        def sharding(path, leaf):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return NamedSharding(self._mesh, self.state_spec(name, np.shape(leaf)))
+        def sharding(spec):
+            return NamedSharding(self._mesh, spec)
 
-        return jax.tree_util.tree_map_with_path(sharding, tree)
+        return jax.tree.map(sharding, state_specs(tree, self._mesh.shape), is_leaf=lambda x: isinstance(x, PartitionSpec))
 
-    def state_spec(self, name: str, shape: tuple[int, ...]) -> PartitionSpec:
-        """Which axes split each dimension of a piece of state, by its path and shape."""
-        rule = next(axes for pattern, axes in _RULES if re.search(rf"(^|/)({pattern})$", name))
-        split: list[tuple[str, ...]] = [() for _ in shape]
-        for axis in (_TENSOR, _FSDP):
-            first = rule.index(axis) if axis in rule else 0
-            for dimension in sorted(range(len(shape)), key=lambda d: d != first):
-                if shape[dimension] and shape[dimension] % self._partition.size((*split[dimension], axis)) == 0:
-                    split[dimension] += (axis,)
-                    break
-        return PartitionSpec(*(axes or None for axes in split))
+
+def mesh_sizes(mesh_shape: tuple[int, int, int]) -> dict[str, int]:
+    """The devices along each axis of a mesh, by its name."""
+    return dict(zip((_DATA, _FSDP, _TENSOR), mesh_shape, strict=True))
+
+
+def state_specs(tree, sizes: Mapping[str, int]):
+    """Which axes of a mesh split each dimension of each piece of state, by its path and shape.
+
+    Args:
+      tree: of arrays or shapes.
+      sizes: devices along each axis.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _spec(jax.tree_util.keystr(path, simple=True, separator="/"), np.shape(leaf), sizes), tree
+    )
+
+
+def _spec(name, shape, sizes):
+    rule = next(axes for pattern, axes in _RULES if re.search(rf"(^|/)({pattern})$", name))
+    split: list[tuple[str, ...]] = [() for _ in shape]
+    for axis in (_TENSOR, _FSDP):
+        first = rule.index(axis) if axis in rule else 0
+        for dimension in sorted(range(len(shape)), key=lambda d: d != first):
+            if shape[dimension] and shape[dimension] % math.prod(sizes[one] for one in (*split[dimension], axis)) == 0:
+                split[dimension] += (axis,)
+                break
+    return PartitionSpec(*(axes or None for axes in split))
 
 
 def _put(tree, shardings):

@@ -20,6 +20,7 @@ ROWS = "rows"  # of a batch
 ALL_ROWS = "all_rows"  # the same, also over those devices that share a row's vocabulary or heads
 VOCABULARY = "vocabulary"
 HEADS = "heads"
+WIDTH = "width"  # of hidden states, between the layers that mix them
 
 
 @dataclasses.dataclass(frozen=True)

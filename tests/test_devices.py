@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from lm.errors import UserError
-from lm.parallel import Placement, Sharded, device_summary, join_rows, split_rows
+from lm.parallel import Placement, Sharded, device_summary, join_rows, mesh_sizes, split_rows, state_specs
 
 B, T, V, STEPS, LIMIT = 16, 5, 11, 3, 0.1
 EXPERIMENTS = {
@@ -111,8 +111,10 @@ def test_each_device_holds_its_share_of_the_state(emulated, architecture, mesh):
     assert max(held) <= whole / (fsdp * tensor) * 1.05 and min(held) >= whole / (fsdp * tensor)
 
 
-def test_state_is_split_by_its_path_and_shape(emulated):
-    assert emulated["specs"] == SPECS
+@pytest.mark.parametrize("name, shape", SPECS, ids=str)
+def test_state_is_split_by_its_path_and_shape(name, shape):
+    spec = state_specs({name: jax.ShapeDtypeStruct(shape, jnp.float32)}, mesh_sizes((2, 2, 2)))[name]
+    assert tuple(" ".join(axes) if isinstance(axes, tuple) else axes for axes in spec) == SPECS[name, shape]
 
 
 def test_a_run_goes_on_on_another_mesh_and_under_pmap(emulated):
@@ -415,12 +417,6 @@ def compute():
         found["runs"] = runs(pathlib.Path(folder) / "runs")
         found["memory"] = memory(pathlib.Path(folder) / "memory")
     found["loss programs"] = [loss_program(placement) for placement in (Placement(1), Sharded((2, 1, 4)))]
-    found["specs"] = {
-        (name, shape): tuple(
-            " ".join(axes) if isinstance(axes, tuple) else axes for axes in Sharded((2, 2, 2)).state_spec(name, shape)
-        )
-        for name, shape in SPECS
-    }
     found["too large a mesh"] = sentence_of(Sharded, (2, 8, 1))
     found["too many"] = sentence_of(Placement, 9)
     return found

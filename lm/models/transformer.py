@@ -10,13 +10,17 @@ from flax import linen as nn
 from lm.errors import UserError
 from lm.models.attention import Attention, empty_slots, places
 from lm.models.layers import Dropout, FeedForward, Initializer, norm, sinusoidal
-from lm.partition import ROWS, constrain
+from lm.partition import ROWS, WIDTH, constrain
 
 _KEPT = {"full": None, "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)) (pre-norm: Xiong et al. 2020, arXiv:2002.04745)."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)) (pre-norm: Xiong et al. 2020, arXiv:2002.04745).
+
+    On a mesh x lies split along its width between the branches, where Korthikanti et al. 2022 (arXiv:2205.05198) split time:
+    as little is sent as with x whole on every device, and only a part of it is kept for the backward pass.
+    """
 
     attention: nn.Module
     feed_forward: nn.Module
@@ -30,9 +34,9 @@ class Block(nn.Module):
 
     def __call__(self, x_BTD, where, cache, *, rows_B, train):
         mixed, cache = self.attention(self.attention_norm(x_BTD), where, cache, rows_B=rows_B, train=train)
-        x_BTD = x_BTD + self.attention_dropout(mixed, rows_B, train)
+        x_BTD = constrain(x_BTD + self.attention_dropout(mixed, rows_B, train), ROWS, None, WIDTH)
         inner = self.feed_forward(self.feed_forward_norm(x_BTD))
-        return x_BTD + self.feed_forward_dropout(inner, rows_B, train), cache
+        return constrain(x_BTD + self.feed_forward_dropout(inner, rows_B, train), ROWS, None, WIDTH), cache
 
 
 class TransformerStack(nn.Module):
@@ -154,7 +158,7 @@ class TransformerStack(nn.Module):
             (hidden_BTD, cache), sown = block.apply(
                 {"params": params}, hidden_BTD, where, cache, rows_B=rows_B, train=train, mutable=shown, **options
             )
-            return constrain(hidden_BTD, ROWS), (cache, sown)
+            return hidden_BTD, (cache, sown)
 
         if train and self.remat != "none":
             run = jax.checkpoint(run, policy=_KEPT[self.remat])
