@@ -27,8 +27,12 @@ def finish(config: Config, argument: str) -> Config:
         model.num_params = 30_000
     else:
         model.hidden_dim = 16
+    if model.num_layers:
+        model.num_layers = min(model.num_layers, 2)
     if model.num_heads:
         model.num_heads = 2
+    if model.mlp_dim:
+        model.mlp_dim = 32
     data.batch_size, data.seq_len = 8, 16
     if data.vocab_size:
         data.vocab_size = min(data.vocab_size, 1000)

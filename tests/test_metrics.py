@@ -1,5 +1,7 @@
 """lm.training.metrics: what is recorded stands in metrics.jsonl and in TensorBoard's events, or a sentence says why not."""
 
+import functools
+import pathlib
 import struct
 
 import pytest
@@ -54,6 +56,7 @@ def test_both_files_hold_what_was_recorded_and_are_cut_back_together(tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_a_full_disk_is_told_where_many_lines_are_recorded(tmp_path, monkeypatch, split):
-    monkeypatch.setattr(tensorboardX.record_writer, "open_file", lambda path: open("/dev/full", "wb"))
+    full = functools.partial(pathlib.Path("/dev/full").open, "wb")
+    monkeypatch.setattr(tensorboardX.record_writer, "open_file", lambda path: full())
     with refused(str(tmp_path / "tensorboard"), "cannot be written: No space left on device"):
         record(RunFolder(tmp_path), 0, [{"step": step, "split": split, "loss": 1.0} for step in range(1, 500)])
