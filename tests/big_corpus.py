@@ -83,8 +83,8 @@ def prepare(draft, prepared, texts, options):
     megabytes = found["bytes"] / 1e6
     print(
         f"{options.tokenizer}: {megabytes:,.0f} MB, {found['splits']['train']['tokens']:,} tokens in {seconds:.0f} s by "
-        f"{options.workers} workers: {megabytes / seconds / options.workers:.2f} MB/s per worker; {peak.stop():,.0f} MiB resident "
-        "at most, all processes together",
+        f"{options.workers} workers: {megabytes / seconds / options.workers:.2f} MB/s per worker; {peak.stop():,.0f} MiB "
+        "resident at most, all processes together",
         flush=True,
     )
 
