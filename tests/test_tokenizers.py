@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from lm.config import Config, resolve
 from lm.data import sources, tokenizers
 from lm.data.lines import lines_of
-from lm.data.tokenizers import ByteTokenizer, CharTokenizer, WordTokenizer, encode
+from lm.data.tokenizers import ByteTokenizer, CharTokenizer, SubwordTokenizer, WordTokenizer, encode
 
 TRAINING = ("the cat sat on the mat – über, naïve\n" + " ".join(WORDS) + "\n\n\tdef f(x):  return x + 1\n") * 20
 # A str of any scalar values, with lines, blanks, controls and what a tokenizer may take for its own
@@ -89,6 +89,27 @@ def test_known_characters_come_back_exactly(text):
     assert len(encode(tokenizer, text)) == len(text)
     assert tokenizer.vocab_size == len(set(text)) + 2
     assert tokenizer.symbols[2:] == sorted(set(text))
+
+
+SPACED = st.text(st.sampled_from([*" \t\n\x0b\x0c\r\x1c\x1f\x85\xa0\u2003\u2028\u3000\ufeff", *"aübt'sre,.-1²", "日", "\u0301"]))
+
+
+@settings(deadline=None, max_examples=1500)
+@given(SPACED, SPACED)
+def test_subwords_of_a_line_are_those_of_the_library(subword, text, after):
+    """Though each word is asked for once, and of those before a part is forgotten."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SubwordTokenizer, "_most_known", 3)
+        for line in (text, f"{text} {after}"):
+            assert next(subword.encode_lines([line])).tolist() == subword._model.encode(line).ids
+
+
+def test_a_tokenizer_that_splits_words_in_another_way_is_refused(subword, tmp_path):
+    saved = subword.to_json()
+    saved["model"]["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "other.json").write_text(json.dumps(saved))
+    with refused("is not a tokenizer of this project: it splits words in a way of its own"):
+        tokenizers.load(tmp_path / "other.json")
 
 
 @pytest.mark.parametrize("text", ["<eos>", "a <eos> b", "<unk><eos>\n"])
