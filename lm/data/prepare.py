@@ -213,8 +213,10 @@ def _check_settings(folder, settings):
         write_json(path, settings)
         return
     begun = read_json(path, "")
+    if not isinstance(begun, dict) or not isinstance(begun.get("data"), dict):
+        raise UserError(f"{path} is damaged; use another --folder")
     for name, now in [*settings["data"].items(), *((name, value) for name, value in settings.items() if name != "data")]:
-        then = begun.get(name) if name in begun else begun.get("data", {}).get(name)
+        then = begun.get(name) if name in begun else begun["data"].get(name)
         if then != now:
             raise UserError(f"{folder} was begun with {name} = {then!r}, but it is {now!r} now; use another --folder")
 

@@ -116,7 +116,7 @@ class CharTokenizer(_Listed):
 
 
 class WordTokenizer(_Listed):
-    """The words of train, most frequent first, after `<eos>`, a line's newline, and `<unk>`, which may be the data's own."""
+    """The words of train, most frequent first, after `<eos>`, a line's newline, and `<unk>`; either may be the data's own."""
 
     name, ends_lines = "word", True
 

@@ -81,7 +81,7 @@ class Run:
             NotImplementedError,
             RuntimeError,
         ) as error:
-            raise UserError(f"{path} is damaged ({error}): evaluate the run again") from error
+            raise UserError(f"{path} is damaged ({str(error)[:200]}): evaluate the run again") from error
         total = scores.nll_N.sum(dtype=np.float64)
         shapes_fit = scores.targets_N.shape == scores.nll_N.shape == (figures["tokens"],)
         # float32 on disk against a float64 sum; looser than rounding, far tighter than two different models
