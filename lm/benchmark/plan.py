@@ -26,7 +26,7 @@ from lm.training.step import initial_state
 MeshShape = tuple[int, int, int]  # data, fsdp, tensor
 _DATA, _FSDP, _TENSOR = mesh_sizes((1, 1, 1))
 _FULL = 4  # bytes of a float32
-_FREE = 0.9  # of a device's memory, that a plan may fill
+_USABLE = 0.9  # of a device's memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,8 @@ class Machine:
         return share
 
 
+# Google's page of v5p (a chip has six links, and 1,200 GB/s both ways in all); NVIDIA's data sheets (matmuls without sparsity,
+# NVLink one way), and InfiniBand of 400 Gb/s for each GPU.
 MACHINES = {
     "v5p": Machine("TPU v5p", 459e12, 95 * 2**30, 200e9, torus_axes=3),
     "h100": Machine("H100 SXM", 989e12, 80e9, 450e9, node=8, network=50e9),
@@ -165,7 +167,7 @@ def plans(config: Config, vocab_size: int, num_devices: int, machine: Machine) -
             f"no mesh of {num_devices} devices divides heads, widths, vocabulary and config.data.batch_size; take another number "
             "of devices"
         )
-    fitting = [one for one in found if one.memory_bytes < _FREE * machine.memory]
+    fitting = [one for one in found if one.memory_bytes < _USABLE * machine.memory]
     if not fitting:
         least = min(one.memory_bytes for one in found)
         raise UserError(
