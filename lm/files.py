@@ -1,17 +1,20 @@
 """Files that are there whole or not at all, and where those lie that can be made again."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import tempfile
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 from lm.errors import UserError
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes UTF-8 text so that a reader sees the old file or the new one, never a part, also after a crash.
+@contextlib.contextmanager
+def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """A file to write bytes to, of which a reader sees the old one or the new one, never a part, also after a crash.
 
     Raises:
       UserError: the folder cannot be written or the disk is full.
@@ -20,8 +23,8 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
@@ -31,6 +34,12 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
             raise
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes UTF-8 text as a `whole_file`."""
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def user_cache() -> pathlib.Path:

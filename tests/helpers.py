@@ -141,6 +141,25 @@ def without_timings(record):
     return {name: value for name, value in record.items() if name not in ("seconds", "tokens_per_second")}
 
 
+class WorkersHere:
+    """In place of the workers of lm.data.prepare: everything in this process."""
+
+    def __init__(self, tokenizer, number):
+        from lm.data import prepare, tokenizers
+
+        del number
+        prepare._worker_tokenizer = tokenizers.load(tokenizer)
+
+    def map(self, tasks):
+        return (function(*arguments) for function, *arguments in tasks)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
 class Called(NamedTuple):
     """How a verb ended: exit code, what it printed, what it said on standard error."""
 

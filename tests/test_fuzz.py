@@ -15,7 +15,7 @@ import tempfile
 
 import numpy as np
 import pytest
-from helpers import changed, config_file, draft, untrained_run, write_corpus
+from helpers import WorkersHere, changed, config_file, draft, untrained_run, write_corpus
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 from launch.command import load_config
@@ -250,28 +250,11 @@ def test_the_token_cache_never_gives_other_tokens(damage, name):
     np.testing.assert_array_equal(corpus.tokenise(split, trained("char"), cache).tokens, expected)
 
 
-class Here:
-    """In place of workers: everything in this process."""
-
-    def __init__(self, tokenizer, number):
-        del number
-        prepare_module._worker_tokenizer = tokenizers.load(tokenizer)
-
-    def map(self, tasks):
-        return (function(*arguments) for function, *arguments in tasks)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-
 @functools.cache
 def prepared_folder():
     config, folder = draft(write_corpus(SCRATCH / "prepared text", train=40)), SCRATCH / "prepared"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "_Workers", Here)
+        patch.setattr(prepare_module, "_Workers", WorkersHere)
         prepare(config, folder, Job(), shard_bytes=200)
     found, _ = shards.read(folder, "prepared")
     return config, folder, np.asarray(found["train"].tokens())
@@ -289,7 +272,7 @@ def test_a_prepared_folder_is_mended_or_refused(damage, name):
             if name != "train/000001.tokens":  # whose hash is checked by preparing again, not at every start
                 np.testing.assert_array_equal(found, tokens)
         with pytest.MonkeyPatch.context() as patch, sentence_at_most():
-            patch.setattr(prepare_module, "_Workers", Here)
+            patch.setattr(prepare_module, "_Workers", WorkersHere)
             prepare(config, folder, Job(), shard_bytes=200)
             np.testing.assert_array_equal(np.asarray(shards.read(folder, "prepared")[0]["train"].tokens()), tokens)
     finally:

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, call_verbs, changed, config_file, draft, refused, write_corpus
+from helpers import ROOT, WorkersHere, call_verbs, changed, config_file, draft, refused, write_corpus
 
 from lm.config import resolve
 from lm.data import corpus, prepare as prepare_module, shards, sources, tokenizers
@@ -26,26 +26,9 @@ from lm.runs.open import open_run
 from lm.training.train import prepare as prepare_experiment, train
 
 
-class Here:
-    """In place of workers: everything in this process."""
-
-    def __init__(self, tokenizer, number):
-        del number
-        prepare_module._worker_tokenizer = tokenizers.load(tokenizer)
-
-    def map(self, tasks):
-        return (function(*arguments) for function, *arguments in tasks)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr(prepare_module, "_Workers", Here)
+    monkeypatch.setattr(prepare_module, "_Workers", WorkersHere)
 
 
 def shard_files(folder):

@@ -28,7 +28,7 @@ from lm.config import Config, resolve
 from lm.data import corpus, shards, sources, tokenizers
 from lm.data.lines import cuts, read_lines
 from lm.errors import UserError
-from lm.files import read_json, sha256_of, write_json
+from lm.files import read_json, sha256_of, whole_file, write_json
 
 _PATIENCE = 3600  # seconds that other processes wait for the tokenizer of the first
 
@@ -306,24 +306,12 @@ def _write_shard(part, path):
     tokenizer, documents = _worker_tokenizer, part.documents
     part = dataclasses.replace(part, documents=lambda: map(counted, documents()))
     dtype, digest, tokens, largest = corpus.token_type(tokenizer.vocab_size), hashlib.sha256(), 0, 0
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                for ids in _gathered_ids(corpus.token_ids(part, tokenizer)):
-                    tokens, largest = tokens + len(ids), max(largest, int(ids.max()))
-                    piece = ids.astype(dtype).tobytes()
-                    digest.update(piece)
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    with whole_file(path) as file:
+        for ids in _gathered_ids(corpus.token_ids(part, tokenizer)):
+            tokens, largest = tokens + len(ids), max(largest, int(ids.max()))
+            piece = ids.astype(dtype).tobytes()
+            digest.update(piece)
+            file.write(piece)
     return {**counts, "tokens": tokens, "largest": largest, "sha256": digest.hexdigest()}
 
 
