@@ -66,7 +66,7 @@ WHOLE, PARTS = 1 << 25, 4 * V  # logits at once; the second makes of seven token
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
 def test_losses_and_their_gradient_equal_numpy(rng, monkeypatch, at_once, label_smoothing, tied):
     """Uneven weights, one of them 0; two tokens whose logits tie; the gradient scaled as a loss behind it would."""
-    monkeypatch.setattr(outputs, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(outputs, "logits_at_once", lambda: at_once)
     num_tokens = 7
     hidden, kernel = rng.normal(size=(num_tokens, D)).astype(np.float32), rng.normal(size=(D, V)).astype(np.float32)
     bias, weights = rng.normal(size=V).astype(np.float32), rng.uniform(0.2, 2, num_tokens).astype(np.float32)
@@ -95,7 +95,7 @@ def test_scores_in_parts_are_those_of_the_whole(rng, monkeypatch):
     hidden[:4] = rng.normal(size=(4, D))
     targets = np.array([1, 5, 2, 0, 0, 1, 6])
     whole = score_tokens(hidden, kernel, np.zeros(V, np.float32), targets, tied=False)
-    monkeypatch.setattr(outputs, "LOGITS_AT_ONCE", PARTS)
+    monkeypatch.setattr(outputs, "logits_at_once", lambda: PARTS)
     parts = score_tokens(hidden, kernel, np.zeros(V, np.float32), targets, tied=False)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole, parts)
     np.testing.assert_array_equal(parts.correct_BT[4:], [True, False, False])

@@ -18,7 +18,7 @@ from lm.benchmark.flops import TRAINING, forward_flops_per_token
 from lm.config import Config
 from lm.errors import UserError
 from lm.models.build import build, initialise, parameter_role
-from lm.models.output import LOGITS_AT_ONCE
+from lm.models.output import logits_at_once
 from lm.parallel import mesh_sizes, state_specs
 from lm.training import optimizer as optimizers
 from lm.training.step import initial_state
@@ -171,8 +171,9 @@ def plans(config: Config, vocab_size: int, num_devices: int, machine: Machine) -
     if not fitting:
         least = min(one.memory_bytes for one in found)
         raise UserError(
-            f"on {num_devices} devices a step takes {least / 2**30:,.0f} GiB of each, and {machine.name} has "
-            f"{machine.memory / 2**30:,.0f}; take more devices, a smaller config.data.batch_size or config.model.remat=full"
+            f"on {num_devices} devices a step takes {least / 2**30:,.0f} GiB of each, more than nine tenths of the "
+            f"{machine.memory / 2**30:,.0f} GiB of {machine.name}; take more devices, a smaller config.data.batch_size or "
+            "config.model.remat=full"
         )
     return sorted(fitting, key=lambda one: one.compute_seconds + one.sending_seconds)
 
@@ -336,7 +337,7 @@ class _Step:
             "gathered matrices": self._gathered_bytes(),
             "table and output, gathered, and their gradients": (self.table + max(self.output, self.table)) / tensor * _FULL,
             "kept for the backward pass": self._kept_bytes(),
-            "logits": 3 * _FULL * min(self.tokens * self.table / self._embedded / tensor, LOGITS_AT_ONCE),
+            "logits": 3 * _FULL * min(self.tokens * self.table / self._embedded / tensor, logits_at_once("tpu")),
         }
 
     def _gathered_bytes(self):

@@ -13,7 +13,7 @@ from lm.partition import ROWS, VOCABULARY, count, locally
 
 Array = jax.Array
 
-LOGITS_AT_ONCE = 1 << 24  # float32 numbers, 64 MiB
+_AT_ONCE_CPU, _AT_ONCE = 1 << 23, 1 << 25  # float32 numbers: 32 and 128 MiB
 _NEVER = -1e30  # a bias whose token's probability is zero
 
 
@@ -31,6 +31,15 @@ class LossSums(NamedTuple):
 
     objective: Array
     loss: Array
+
+
+def logits_at_once(platform: str | None = None) -> int:
+    """How many logits are made at a time, on what `jax.default_backend` or the caller names.
+
+    Each part of the tokens reads the whole matrix and adds to its whole gradient. A CPU's arithmetic is slow enough not to
+    notice; an accelerator needs more rows beside each reading.
+    """
+    return _AT_ONCE_CPU if (platform or jax.default_backend()) == "cpu" else _AT_ONCE
 
 
 def score_tokens(hidden_ND: Array, matrix: Array, bias_V: Array, targets_N: Array, tied: bool) -> TokenScores:
@@ -153,7 +162,7 @@ def _add_matrix_gradient(d_matrix, hidden_ND, d_logits_NV, tied):
 
     if d_matrix is None:
         return product(0, vocab_size)
-    num_blocks = math.ceil(d_matrix.size / LOGITS_AT_ONCE)
+    num_blocks = math.ceil(d_matrix.size / logits_at_once())
     width, rest = divmod(vocab_size, num_blocks)
     d_matrix = jax.lax.fori_loop(0, num_blocks, lambda i, d_matrix: add(i * width, width, d_matrix), d_matrix)
     return add(vocab_size - rest, rest, d_matrix) if rest else d_matrix
@@ -171,7 +180,7 @@ loss_sums.defvjp(_loss_sums_forward, _loss_sums_backward)
 def _parts(rows, vocab_size):
     """Arrays [N, ...] as [parts, N / parts, ...], filled up with zeros, so that a part's logits stay small; None: one part."""
     num_tokens = len(rows[0])
-    num_parts = math.ceil(num_tokens * vocab_size / LOGITS_AT_ONCE)
+    num_parts = math.ceil(num_tokens * vocab_size / logits_at_once())
     if num_parts <= 1:
         return None
     length = math.ceil(num_tokens / num_parts)
