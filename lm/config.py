@@ -114,6 +114,9 @@ class ModelConfig(Section):
     layer_dims: tuple[int, ...] | None = setting(None, "width of each recurrent layer, one by one", at_least=1, only=RECURRENT)
     embed_dim: int | None = setting(None, "width of the embedding; by default that of the last layer", at_least=1, only=RECURRENT)
     tie_embeddings: bool | None = setting(None, "whether the output uses the embedding's table", only=NEURAL)
+    project_output: bool | None = setting(
+        None, "whether a matrix leads from the last layer to a tied embedding of another width, embed_dim", only=RECURRENT
+    )
     activation: str | None = setting(
         None,
         "non-linearity of the RNN's state or of the Transformer's feed-forward layer (gelu is the exact one)",
@@ -150,6 +153,13 @@ class ModelConfig(Section):
     weight_drop_rate: float | None = setting(
         None, "share dropped of the recurrent matrices' entries", at_least=0, below=1, only=RECURRENT
     )
+    state_dropout_rate: float | None = setting(
+        None,
+        "share dropped of the hidden state where it enters the next step, one mask for all steps of a segment",
+        at_least=0,
+        below=1,
+        only=RECURRENT,
+    )
     variational_dropout: bool | None = setting(None, "one dropout mask for all steps of a segment", only=RECURRENT)
     kernel_init: str | None = setting(None, "initialiser of the matrices", choices=INITIALIZERS, only=NEURAL)
     recurrent_init: str | None = setting(None, "initialiser of the state-to-state matrices", choices=INITIALIZERS, only=RECURRENT)
@@ -160,6 +170,12 @@ class ModelConfig(Section):
         None, "half-width of uniform and standard deviation of normal initialisers", above=0, only=NEURAL
     )
     forget_bias: float | None = setting(None, "initial bias of the forget gate", only=("lstm",))
+    input_gate: str | None = setting(
+        None,
+        "the input gate i beside the forget gate f: free, coupled (i = 1 - f) or capped (i at most 1 - f)",
+        choices=("free", "coupled", "capped"),
+        only=("lstm",),
+    )
     scan_layers: bool | None = setting(
         None, "run all layers by one compiled loop; by default where remat is on", only=("transformer",), resumable=True
     )
@@ -276,6 +292,19 @@ class TrainingConfig(Section):
     num_steps: int = setting(1000, "updates in all", at_least=1, resumable=True)
     num_micro_batches: int = setting(1, "parts that a step's rows are cut into, their gradients added", at_least=1)
     label_smoothing: float = setting(0.0, "share of the target spread over the vocabulary (objective only)", at_least=0, below=1)
+    activation_penalty: float | None = setting(
+        None,
+        "AR: factor on the mean square of the last layer's output after dropout (objective only)",
+        at_least=0,
+        only=RECURRENT,
+    )
+    temporal_activation_penalty: float | None = setting(
+        None,
+        "TAR: factor on the mean square of the change of the last layer's output from token to token, before dropout "
+        "(objective only)",
+        at_least=0,
+        only=RECURRENT,
+    )
     log_every_steps: int = setting(50, "steps between lines of metrics", at_least=1, resumable=True)
     evaluate_every_steps: int = setting(
         200, "steps between looks at valid, each followed by a checkpoint", at_least=1, resumable=True
@@ -340,9 +369,11 @@ class Config(Section):
 _RECURRENT_DEFAULTS = dict(
     num_layers=2,
     tie_embeddings=True,
+    project_output=False,
     dropout_rate=0.0,
     word_dropout_rate=0.0,
     weight_drop_rate=0.0,
+    state_dropout_rate=0.0,
     variational_dropout=False,
     kernel_init="xavier_uniform",
     recurrent_init="orthogonal",
@@ -352,7 +383,7 @@ _RECURRENT_DEFAULTS = dict(
 _MODEL_DEFAULTS = {
     "rnn": {**_RECURRENT_DEFAULTS, "activation": "tanh"},
     "gru": _RECURRENT_DEFAULTS,
-    "lstm": {**_RECURRENT_DEFAULTS, "forget_bias": 1.0},
+    "lstm": {**_RECURRENT_DEFAULTS, "forget_bias": 1.0, "input_gate": "free"},
     "transformer": dict(
         num_layers=4,
         tie_embeddings=True,
@@ -520,15 +551,23 @@ def _resolve_model(model):
         if applies and getattr(model, name) is None:
             setattr(model, name, model.dropout_rate)
     last = model.layer_dims[-1] if model.layer_dims else model.hidden_dim
-    if model.tie_embeddings and None not in (model.embed_dim, last) and model.embed_dim != last:
+    if model.project_output and not (model.tie_embeddings and model.embed_dim):
         raise UserError(
-            f"config.model.tie_embeddings needs an embedding as wide as the last layer, but config.model.embed_dim is "
-            f"{model.embed_dim} and the last layer {last}; make them equal or set config.model.tie_embeddings=False"
+            "config.model.project_output leads to a tied embedding of a width of its own; set config.model.tie_embeddings=True "
+            "and config.model.embed_dim"
         )
-    if model.tie_embeddings and model.embed_dim and model.num_params:
-        raise UserError(
-            "config.model.embed_dim cannot be set with tie_embeddings and num_params: the embedding is as wide as the layers"
-        )
+    if model.tie_embeddings and not model.project_output:
+        if None not in (model.embed_dim, last) and model.embed_dim != last:
+            raise UserError(
+                f"config.model.tie_embeddings needs an embedding as wide as the last layer, but config.model.embed_dim is "
+                f"{model.embed_dim} and the last layer {last}; make them equal, or set config.model.project_output=True or "
+                "config.model.tie_embeddings=False"
+            )
+        if model.embed_dim and model.num_params:
+            raise UserError(
+                "config.model.embed_dim cannot be set with tie_embeddings and num_params: the embedding is as wide as the "
+                "layers, unless config.model.project_output=True"
+            )
     if model.architecture == "transformer":
         _resolve_transformer(model)
 

@@ -13,16 +13,27 @@ Sums = Mapping[str, jax.Array]
 Objective = Callable[[Any, Any, Batch, jax.Array, bool], tuple[Sums, Any]]
 
 
-def causal_language_model(model: LanguageModel, label_smoothing: float = 0.0) -> Objective:
+def causal_language_model(
+    model: LanguageModel,
+    label_smoothing: float = 0.0,
+    activation_penalty: float | None = None,
+    temporal_activation_penalty: float | None = None,
+) -> Objective:
     """Predict each token from those before it.
 
     The sums are `objective`, which is differentiated; `loss`, the plain negative log likelihood in nats; and `weight`, the
-    denominator of both. With label smoothing ε (Szegedy et al. 2016, arXiv:1512.00567) the objective's target is 1 - ε on
-    the token and ε spread evenly over the vocabulary.
+    denominator of both.
+
+    Args:
+      model: predicts.
+      label_smoothing: ε; the objective's target is 1 - ε on the token and ε spread evenly over the vocabulary (Szegedy et al.
+        2016, arXiv:1512.00567).
+      activation_penalty, temporal_activation_penalty: factors of AR and TAR, see `activation_penalties`; of recurrent models.
     """
+    penalties = activation_penalty or 0.0, temporal_activation_penalty or 0.0
 
     def objective(params, carry, batch: Batch, key, train):
-        sums, carry = model.apply(
+        found = model.apply(
             {"params": params},
             batch.inputs_BT,
             batch.targets_BT,
@@ -34,10 +45,41 @@ def causal_language_model(model: LanguageModel, label_smoothing: float = 0.0) ->
             train=train,
             rngs={"dropout": key} if train else None,
             method="loss_sums",
+            mutable=["intermediates"] if any(penalties) else False,
         )
-        return {**sums._asdict(), "weight": jnp.sum(batch.loss_weights_BT)}, carry
+        (sums, carry), sown = found if any(penalties) else (found, None)
+        named = {**sums._asdict(), "weight": jnp.sum(batch.loss_weights_BT)}
+        if any(penalties):
+            (last_BTH,), (dropped_BTH,) = (
+                sown["intermediates"]["stack"][name] for name in ("last_hidden_BTH", "dropped_hidden_BTH")
+            )
+            square, change = activation_penalties(last_BTH, dropped_BTH, batch.loss_weights_BT, batch.segments_BT)
+            named["objective"] += penalties[0] * square + penalties[1] * change
+        return named, carry
 
     return objective
+
+
+def activation_penalties(last_BTH, dropped_BTH, loss_weights_BT, segments_BT=None) -> tuple[jax.Array, jax.Array]:
+    """Activation and temporal activation regularisation (Merity et al. 2017, arXiv:1708.01009), as sums over tokens.
+
+    Divided by the sum of the weights, the first is the mean square of the output after dropout and the second, where all
+    tokens weigh the same, that of the change from one token to the next before dropout, over the T - 1 changes there are.
+
+    Args:
+      last_BTH, dropped_BTH: the last layer's output before and after dropout.
+      loss_weights_BT: a token's squares count as much as the token, a change as much as the later one.
+      segments_BT: between two documents, and from or to padding, there is no change.
+    """
+    square = jnp.sum(jnp.mean(jnp.square(dropped_BTH.astype(jnp.float32)), axis=-1) * loss_weights_BT)
+    length = last_BTH.shape[1]
+    if length == 1:
+        return square, jnp.zeros(())
+    weights_BT = loss_weights_BT[:, 1:]
+    if segments_BT is not None:
+        weights_BT = weights_BT * ((segments_BT[:, 1:] == segments_BT[:, :-1]) & (segments_BT[:, 1:] > 0))
+    change_BT = jnp.mean(jnp.square(jnp.diff(last_BTH.astype(jnp.float32), axis=1)), axis=-1)
+    return square, jnp.sum(change_BT * weights_BT) * (length / (length - 1))
 
 
 def reset_rows(carry, reset_B):

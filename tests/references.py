@@ -60,7 +60,7 @@ def rnn(params, x_BTD, h0_BH, activation):
     return _over_time(states[1:], num_rows, U.shape[0]), states[-1], backward
 
 
-def lstm(params, x_BTD, carry0):
+def lstm(params, x_BTD, carry0, input_gate="free"):
     """Long short-term memory (Hochreiter & Schmidhuber, 1997) with a forget gate (Gers et al., 2000), no peepholes.
 
     [i f g o] = [sig sig tanh sig](x_t W + h_{t-1} U + b),  c_t = f * c_{t-1} + i * g,  h_t = o * tanh(c_t).
@@ -69,6 +69,8 @@ def lstm(params, x_BTD, carry0):
       params: input_kernel W [D, 4H], recurrent_kernel U [H, 4H], bias b [4H]; gates in the order i, f, g, o.
       x_BTD: inputs.
       carry0: (c0_BH, h0_BH), the carry before the first token.
+      input_gate: "coupled" has no i of its own, but i = 1 - f (Greff et al., 2017), and gates f, g, o; "capped" has
+        i = min(sig, 1 - f) (Melis et al., 2018).
 
     Returns:
       h_BTH, the last (c_BH, h_BH), and backward(d_h_BTH, d_last=None) -> (d_params, d_x_BTD, (d_c0_BH, d_h0_BH)),
@@ -82,10 +84,14 @@ def lstm(params, x_BTD, carry0):
     cells, states, gates = [c0_BH], [h0_BH], []  # cells[t] and states[t] are the carry before token t
     for t in range(length):
         a_BG = x_BTD[:, t] @ W + states[t] @ U + b
-        a_i_BH, a_f_BH, a_g_BH, a_o_BH = np.split(a_BG, 4, axis=-1)
+        if input_gate == "coupled":
+            a_i_BH, (a_f_BH, a_g_BH, a_o_BH) = np.inf, np.split(a_BG, 3, axis=-1)
+        else:
+            a_i_BH, a_f_BH, a_g_BH, a_o_BH = np.split(a_BG, 4, axis=-1)
         i_BH, f_BH, g_BH, o_BH = expit(a_i_BH), expit(a_f_BH), np.tanh(a_g_BH), expit(a_o_BH)
         gates.append((i_BH, f_BH, g_BH, o_BH))
-        cells.append(f_BH * cells[t] + i_BH * g_BH)
+        written_BH = i_BH if input_gate == "free" else np.minimum(i_BH, 1.0 - f_BH)
+        cells.append(f_BH * cells[t] + written_BH * g_BH)
         states.append(o_BH * np.tanh(cells[t + 1]))
 
     def backward(d_h_BTH, d_last=None):
@@ -101,11 +107,15 @@ def lstm(params, x_BTD, carry0):
             d_h_BH = d_h_BTH[:, t] + d_h_carry_BH
             # The cell is read twice: by h_t through the output gate, and by the next step's cell.
             d_c_BH = d_h_BH * o_BH * (1.0 - tanh_c_BH**2) + d_c_carry_BH
-            d_a_i_BH = d_c_BH * g_BH * i_BH * (1.0 - i_BH)
-            d_a_f_BH = d_c_BH * cells[t] * f_BH * (1.0 - f_BH)
-            d_a_g_BH = d_c_BH * i_BH * (1.0 - g_BH**2)
+            # Where 1 - f is what is written, the forget gate has the input gate's gradient, turned round.
+            is_free_BH = i_BH < 1.0 - f_BH if input_gate != "free" else np.ones(f_BH.shape, bool)
+            written_BH = np.where(is_free_BH, i_BH, 1.0 - f_BH)
+            d_a_i_BH = np.where(is_free_BH, d_c_BH * g_BH * i_BH * (1.0 - i_BH), 0.0)
+            d_a_f_BH = d_c_BH * (cells[t] - np.where(is_free_BH, 0.0, g_BH)) * f_BH * (1.0 - f_BH)
+            d_a_g_BH = d_c_BH * written_BH * (1.0 - g_BH**2)
             d_a_o_BH = d_h_BH * tanh_c_BH * o_BH * (1.0 - o_BH)
-            d_a_BG = np.concatenate([d_a_i_BH, d_a_f_BH, d_a_g_BH, d_a_o_BH], axis=-1)
+            d_a_own = [d_a_f_BH, d_a_g_BH, d_a_o_BH]
+            d_a_BG = np.concatenate(d_a_own if input_gate == "coupled" else [d_a_i_BH, *d_a_own], axis=-1)
             d_W += x_BTD[:, t].T @ d_a_BG
             d_U += states[t].T @ d_a_BG
             d_b += d_a_BG.sum(axis=0)

@@ -26,9 +26,11 @@ def count_by_hand(config, vocab_size):
         before = model.embed_dim or widths[-1]
         total = vocab_size * before
         for width in widths:
-            total += GATES[model.architecture] * width * (before + width + 1)  # two matrices and a bias
+            gates = 3 if model.input_gate == "coupled" else GATES[model.architecture]
+            total += gates * width * (before + width + 1)  # two matrices and a bias
             total += width if model.architecture == "gru" else 0  # the candidate's second bias
             before = width
+        total += before * model.embed_dim if model.project_output else 0
     else:
         D, F, before = model.hidden_dim, model.mlp_dim, model.hidden_dim
         norm = {"layer_norm": 2 * D, "rms_norm": D}[model.norm]
@@ -45,6 +47,7 @@ def count_by_hand(config, vocab_size):
         ("gru", {}),
         ("gru", {"model__num_layers": 3, "model__layer_dims": (5, 7, 4), "model__embed_dim": 4}),
         ("lstm", {}),
+        ("lstm", {"model__input_gate": "coupled", "model__project_output": True, "model__embed_dim": 5}),
         ("lstm", {"model__num_layers": None, "model__layer_dims": (9, 6), "model__embed_dim": 5, "model__tie_embeddings": False}),
         ("transformer", {}),
         ("transformer", {"model__activation": "swiglu", "model__norm": "rms_norm", "model__tie_embeddings": False}),
@@ -201,6 +204,7 @@ OTHER_VALUES = {
     "layer_dims": (8, 6),
     "embed_dim": 6,
     "tie_embeddings": False,
+    "project_output": True,
     "activation": {"rnn": "relu", "transformer": "swiglu"},
     "num_heads": 4,
     "mlp_dim": 9,
@@ -214,18 +218,21 @@ OTHER_VALUES = {
     "attention_dropout_rate": 0.5,
     "word_dropout_rate": 0.5,
     "weight_drop_rate": 0.5,
+    "state_dropout_rate": 0.5,
     "variational_dropout": True,
     "kernel_init": "he_normal",
     "recurrent_init": "he_normal",
     "embedding_init": "he_normal",
     "init_scale": 0.2,
     "forget_bias": 2.0,
+    "input_gate": "capped",
     "scan_layers": True,
     "remat": "full",
 }
 # Fields that only mean something beside others: what is set on both sides of the comparison.
 BESIDE = {
     "embed_dim": {"model__tie_embeddings": False},
+    "project_output": {"model__embed_dim": 8},
     "max_positions": {"model__positions": "learned"},
     "variational_dropout": {"model__dropout_rate": 0.3},
 }

@@ -101,6 +101,10 @@ WRONG = [
     (dict(model__embed_dim=4, model__hidden_dim=8), ["tie_embeddings", "config.model.embed_dim is 4", "last layer 8"]),
     (dict(model__embed_dim=8, model__layer_dims=(8, 4)), ["tie_embeddings", "config.model.embed_dim is 8", "last layer 4"]),
     (dict(model__embed_dim=8, model__num_params=1000), ["config.model.embed_dim", "tie_embeddings", "num_params"]),
+    (dict(model__project_output=True), ["config.model.project_output", "tie_embeddings=True", "config.model.embed_dim"]),
+    (dict(model__input_gate="couple"), ["config.model.input_gate is 'couple'", "did you mean 'coupled'?"]),
+    (dict(GRU, model__input_gate="coupled"), ["config.model.input_gate is set", "'gru'", "belongs to lstm"]),
+    (dict(TRANSFORMER, training__activation_penalty=1.0), ["training.activation_penalty is set", "rnn, gru, lstm"]),
     # Transformers
     (
         dict(TRANSFORMER, model__hidden_dim=10, model__num_heads=4),

@@ -81,7 +81,7 @@ def tiny(corpus, **values) -> Config:
 # Between them these set every field that an architecture, source or rule has; see the last test.
 RUNS = {
     "lstm": dict(
-        model__layer_dims=(12, 8),
+        model__layer_dims=(12, 9),
         model__embed_dim=8,
         model__dropout_rate=0.1,
         model__embedding_dropout_rate=0.1,
@@ -89,7 +89,10 @@ RUNS = {
         model__word_dropout_rate=0.1,
         model__weight_drop_rate=0.1,
         model__variational_dropout=True,
+        model__state_dropout_rate=0.1,
         model__forget_bias=1.0,
+        model__input_gate="capped",
+        model__project_output=True,
         model__kernel_init="uniform",
         model__recurrent_init="orthogonal",
         model__init_scale=0.05,
@@ -103,6 +106,8 @@ RUNS = {
         optimizer__plateau_patience=0,
         training__early_stopping=5,
         training__checkpoint_every_steps=1,
+        training__activation_penalty=2.0,
+        training__temporal_activation_penalty=1.0,
         training__num_micro_batches=2,
         training__on_bad_step="rollback",
         training__spike_nats=3.0,

@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 
 from lm.data.batches import Batch
 from lm.models.build import build
-from lm.objectives import causal_language_model, reset_rows
+from lm.objectives import activation_penalties, causal_language_model, reset_rows
 
 B, T, V = 3, 6, 11
 # Row 0: two documents, padding inside; row 1: padding first; row 2: padding alone.
@@ -101,3 +101,59 @@ def test_reset_empties_exactly_the_named_rows(rng):
         np.testing.assert_array_equal(after[~reset], before[~reset])
         assert not np.any(after[reset])
     assert reset_rows(None, reset) is None
+
+
+# --- activation penalties
+
+
+def test_activation_penalties_are_means_where_all_tokens_weigh_the_same(rng):
+    """As Merity et al. write them: the mean of squares, and the mean of the squares of T - 1 differences."""
+    last, dropped = (rng.normal(size=(B, T, 5)).astype(np.float32) for _ in range(2))
+    square, change = activation_penalties(last, dropped, np.ones((B, T), np.float32))
+    np.testing.assert_allclose(square / (B * T), np.mean(np.square(dropped)), rtol=1e-6)
+    np.testing.assert_allclose(change / (B * T), np.mean(np.square(last[:, 1:] - last[:, :-1])), rtol=1e-6)
+    square, change = activation_penalties(last[:, :1], dropped[:, :1], np.ones((B, 1), np.float32))
+    np.testing.assert_allclose(square / B, np.mean(np.square(dropped[:, 0])), rtol=1e-6)
+    assert change == 0
+
+
+def test_activation_penalties_see_no_change_between_documents(rng):
+    """Token by token with its weight; what is beside a document or in padding cannot matter."""
+    last, dropped = (rng.normal(size=(B, T, 5)).astype(np.float32) for _ in range(2))
+    weights = (rng.uniform(0.2, 2, (B, T)) * (SEGMENTS > 0)).astype(np.float32)
+    square, change = activation_penalties(last, dropped, weights, SEGMENTS)
+    want_square = want_change = 0.0
+    for row in range(B):
+        for t in range(T):
+            want_square += weights[row, t] * np.mean(np.square(dropped[row, t]))
+            if t and SEGMENTS[row, t] and SEGMENTS[row, t] == SEGMENTS[row, t - 1]:
+                want_change += weights[row, t] * np.mean(np.square(last[row, t] - last[row, t - 1])) * T / (T - 1)
+    np.testing.assert_allclose([square, change], [want_square, want_change], rtol=1e-6)
+
+
+def test_activation_penalties_are_in_the_objective_alone(tiny, random_params, rng):
+    """With the factors that the config says, of what dropout has left; `loss` stays plain."""
+    model = build(tiny("lstm", model__output_dropout_rate=0.5, model__dropout_rate=0.5), V)
+    params, batch = random_params(model), batch_of(rng, None)
+    key = jax.random.key(3)
+
+    def sums(*penalties):
+        return causal_language_model(model, 0.0, *penalties)(params, None, batch, key, True)[0]
+
+    plain, both, one = sums(), sums(200.0, 5e3), sums(None, 5e3)  # big, so that a difference of sums shows them
+    _, sown = model.apply(
+        {"params": params},
+        batch.inputs_BT,
+        rows_B=batch.rows_B,
+        train=True,
+        rngs={"dropout": key},
+        mutable=["intermediates"],
+    )
+    last, dropped = (sown["intermediates"]["stack"][name][0] for name in ("last_hidden_BTH", "dropped_hidden_BTH"))
+    assert abs(np.mean(dropped == 0) - 0.5) < 0.1 and np.all(last != 0)
+    np.testing.assert_allclose(dropped[dropped != 0], 2 * last[dropped != 0], rtol=1e-6)
+    square, change = activation_penalties(last, dropped, batch.loss_weights_BT)
+    np.testing.assert_allclose(both["objective"] - plain["objective"], 200 * square + 5e3 * change, rtol=1e-5)
+    np.testing.assert_allclose(one["objective"] - plain["objective"], 5e3 * change, rtol=1e-5)
+    for found in (both, one):
+        np.testing.assert_array_equal(found["loss"], plain["loss"])

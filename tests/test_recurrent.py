@@ -12,11 +12,13 @@ from flax import linen as nn
 from lm.models import recurrent
 from lm.models.recurrent import RecurrentLayer, RecurrentStack
 
-CELLS = {
-    "rnn": (("rnn", "tanh"), 1, 1),
-    "relu": (("rnn", "relu"), 1, 1),
-    "lstm": (("lstm", None), 4, 2),
-    "gru": (("gru", None), 3, 1),
+CELLS = {  # name, activation and input gate; gates; arrays of the carry
+    "rnn": (("rnn", "tanh", None), 1, 1),
+    "relu": (("rnn", "relu", None), 1, 1),
+    "lstm": (("lstm", None, "free"), 4, 2),
+    "coupled": (("lstm", None, "coupled"), 3, 2),
+    "capped": (("lstm", None, "capped"), 4, 2),
+    "gru": (("gru", None, None), 3, 1),
 }
 B, T, D, H = 3, 7, 4, 5
 ZEROS = nn.initializers.zeros  # parameters are always given
@@ -51,12 +53,13 @@ def random_state(rng, kind, rows=B, width=H):
 
 def reference(kind, params, x_BTD, state):
     """The NumPy layer behind one signature: hidden, state (a tuple), backward(d_hidden, d_state) -> d_params, d_x, d_state."""
-    if kind == "lstm":
-        return references.lstm(params, x_BTD, state)
+    (name, activation, input_gate), _, _ = CELLS[kind]
+    if name == "lstm":
+        return references.lstm(params, x_BTD, state, input_gate)
     if kind == "gru":
         hidden, last, backward = references.gru(params, x_BTD, state[0])
     else:
-        hidden, last, backward = references.rnn(params, x_BTD, state[0], CELLS[kind][0][1])
+        hidden, last, backward = references.rnn(params, x_BTD, state[0], activation)
 
     def backward_tuple(d_hidden, d_state):
         d_params, d_x, d_first = backward(d_hidden, d_state[0])
@@ -68,8 +71,8 @@ def reference(kind, params, x_BTD, state):
 @functools.cache
 def compiled_layer(kind):
     """(params, x, state, valid, starts, d_hidden, d_state) -> (hidden, state), (d_params, d_x, d_state); time first."""
-    name, activation = CELLS[kind][0]
-    layer = RecurrentLayer(name, H, ZEROS, ZEROS, activation)
+    name, *variant = CELLS[kind][0]
+    layer = RecurrentLayer(name, H, ZEROS, ZEROS, *variant)
 
     @jax.jit
     def run(params, x_TBD, state, valid_TB, starts_TB, d_hidden, d_state):
@@ -114,7 +117,7 @@ def test_masked_layer_and_gradients_equal_numpy_document_by_document(case, kind)
     d_hidden *= valid_BT.T[..., None]  # at padding the layer repeats its state, which the reference knows nothing of
     (hidden, after), gradients = compiled_layer(kind)(params, x, state, valid_BT.T, starts_BT.T, d_hidden, d_state)
 
-    want_after, want_d_state = [np.zeros((2, B, H)) if kind == "lstm" else np.zeros((1, B, H)) for _ in range(2)]
+    want_after, want_d_state = [np.zeros((CELLS[kind][2], B, H)) for _ in range(2)]
     want_d_params, want_d_x = jax.tree.map(lambda p: np.zeros(p.shape), params), np.zeros(x.shape)
     for row in range(B):
         times = np.flatnonzero(valid_BT[row])
@@ -136,10 +139,12 @@ def test_masked_layer_and_gradients_equal_numpy_document_by_document(case, kind)
     assert_close((gradients[0], gradients[1], np.stack(gradients[2])), (want_d_params, want_d_x, want_d_state))
 
 
+@pytest.mark.parametrize("is_scaled", [False, True])
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_hand_made_gradient_equals_the_scans_own(rng, kind):
+def test_hand_made_gradient_equals_the_scans_own(rng, kind, is_scaled):
     """`recur` gathers the recurrent matrix's gradient in one product; the plain scan's derivative is the other way to it."""
     cell = recurrent.cell(CELLS[kind][0][0])
+    scale = rng.choice([0, 2], (B, H)).astype(np.float32) if is_scaled else None
     gates = rng.normal(size=(T, B, cell.num_gates * H)).astype(np.float32)
     params = random_params(rng, kind)
     bias = rng.normal(size=(cell.num_gates * H)).astype(np.float32)
@@ -149,10 +154,10 @@ def test_hand_made_gradient_equals_the_scans_own(rng, kind):
     arguments = (gates, params["recurrent_kernel"], bias, random_state(rng, kind))
 
     def by_scan(gates, kernel, bias, state):
-        return recurrent._scan(cell, gates, None, kernel, bias, state, valid, starts)
+        return recurrent._scan(cell, gates, None, kernel, bias, state, scale, valid, starts)
 
     def by_hand(*arguments):
-        return recurrent.recur(cell, *arguments, valid, starts)
+        return recurrent.recur(cell, *arguments, scale, valid, starts)
 
     def both(arguments, cotangents):
         found, expected = (jax.vjp(run, *arguments) for run in (by_hand, by_scan))
@@ -164,10 +169,10 @@ def test_hand_made_gradient_equals_the_scans_own(rng, kind):
 # --- PyTorch
 
 
-@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("kind", ["rnn", "relu", "lstm", "gru"])
 def test_stack_and_gradients_equal_torch(rng, kind):
     torch = pytest.importorskip("torch")
-    (name, activation), _, num_states = CELLS[kind]
+    (name, activation, _), _, num_states = CELLS[kind]
     options = {"nonlinearity": activation} if activation else {}
     theirs = getattr(torch.nn, name.upper())(D, H, num_layers=2, batch_first=True, dtype=torch.float64, **options)
     with torch.no_grad():
@@ -243,8 +248,8 @@ WIDTHS = (6, 4, 5)  # all different, and different from D
 @functools.cache
 def stack_of(kind):
     """A stack with a width for each layer, its parameters, and its forward pass compiled per shape of tokens."""
-    name, activation = CELLS[kind][0]
-    stack = RecurrentStack(name, WIDTHS, ZEROS, ZEROS, activation)
+    name, *variant = CELLS[kind][0]
+    stack = RecurrentStack(name, WIDTHS, ZEROS, ZEROS, *variant)
     rng = np.random.default_rng(3)
     params = {
         f"layer_{i}": random_params(rng, kind, before, width)
@@ -342,7 +347,13 @@ def test_packed_documents_equal_each_document_alone(rng, kind):
 # --- dropout
 
 
-RATES = {"embedding_dropout_rate": 0.4, "dropout_rate": 0.4, "output_dropout_rate": 0.4, "weight_drop_rate": 0.3}
+RATES = {
+    "embedding_dropout_rate": 0.4,
+    "dropout_rate": 0.4,
+    "output_dropout_rate": 0.4,
+    "weight_drop_rate": 0.3,
+    "state_dropout_rate": 0.3,
+}
 
 
 @functools.cache
@@ -421,6 +432,37 @@ def test_weight_drop_scales_what_it_keeps():
     kept = np.asarray(hidden[0]) != 0
     np.testing.assert_allclose(hidden[0], np.where(kept, kernel / 0.75, 0), rtol=1e-6)
     assert abs(kept.mean() - 0.75) < 5 * (0.25 * 0.75 / 400) ** 0.5
+
+
+def test_state_dropout_has_one_mask_a_row_for_all_steps():
+    """States that are handed on as they are: after t steps each entry is 0 or (1 / 0.75)^t, by its global row."""
+    params = {
+        "input_kernel": np.zeros((1, 20), np.float32),
+        "recurrent_kernel": np.eye(20, dtype=np.float32),
+        "bias": np.zeros(20),
+    }
+    layer = RecurrentLayer("rnn", 20, ZEROS, ZEROS, "relu", state_dropout_rate=0.25)
+
+    def run(rows_B):
+        state, rngs = (jnp.ones((len(rows_B), 20)),), {"dropout": jax.random.key(1)}
+        x_TBD = jnp.zeros((4, len(rows_B), 1))
+        return np.asarray(layer.apply({"params": params}, x_TBD, state, None, None, True, rows_B, rngs=rngs)[0])
+
+    hidden_TBH = run(np.arange(30))
+    kept_BH = hidden_TBH[0] != 0
+    for t, hidden_BH in enumerate(hidden_TBH, 1):
+        np.testing.assert_allclose(hidden_BH, np.where(kept_BH, 0.75**-t, 0), rtol=1e-6)
+    assert abs(kept_BH.mean() - 0.75) < 5 * (0.25 * 0.75 / kept_BH.size) ** 0.5
+    assert len(np.unique(kept_BH, axis=0)) > 25
+    np.testing.assert_array_equal(run(np.array([7]))[:, 0], hidden_TBH[:, 7])
+
+
+def test_a_projection_follows_the_last_layer(rng):
+    x, (_, params, run) = rng.normal(size=(B, 12, D)).astype(np.float32), stack_of("lstm")
+    kernel_HD = rng.normal(size=(WIDTHS[-1], D)).astype(np.float32)
+    stack = RecurrentStack("lstm", WIDTHS, ZEROS, ZEROS, projected_dim=D)
+    hidden, _ = stack.apply({"params": {**params, "projection": {"kernel": kernel_HD}}}, x)
+    np.testing.assert_allclose(hidden, run(x, None, None)[0] @ kernel_HD, rtol=0, atol=2e-6)
 
 
 def test_dropout_is_off_outside_training(rng):

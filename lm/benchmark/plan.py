@@ -234,6 +234,8 @@ class _Sizes:
     def of(cls, config, vocab_size):
         if config.model.remat == "matmuls" or config.training.num_micro_batches > 1:
             raise UserError("a plan takes neither config.model.remat=matmuls nor micro-batches; it takes none and full")
+        if config.model.project_output:
+            raise UserError("a plan takes no config.model.project_output; leave it open")
         params = jax.eval_shape(functools.partial(initialise, build(config, vocab_size), 0))
         layers: dict[str, dict[str, int]] = {}
         sizes = dict.fromkeys(("vectors", "table", "output"), 0)

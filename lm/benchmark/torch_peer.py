@@ -58,6 +58,16 @@ def check(draft: Config, config: Config, mode: str) -> None:
             f"config.training.num_micro_batches is {config.training.num_micro_batches}, which --against=torch does not do; set "
             "--config.training.num_micro_batches=1"
         )
+    model, training = config.model, config.training
+    extras = {
+        "config.model.input_gate": model.input_gate not in (None, "free"),
+        "config.model.project_output": model.project_output,
+        "config.training.activation_penalty": training.activation_penalty,
+        "config.training.temporal_activation_penalty": training.temporal_activation_penalty,
+    }
+    for name, is_set in extras.items():
+        if is_set:
+            raise UserError(f"{name} is set, which --against=torch does not do; leave it open")
     if importlib.util.find_spec("torch") is None:
         raise UserError("--against=torch needs PyTorch, which is not installed; install the extra: pip install -e '.[peers]'")
 

@@ -23,12 +23,14 @@ class Cell(NamedTuple):
       num_states: arrays of the carry.
       step: (from_input [B, G*H], from_state [B, G*H], state) -> state, in float32.
       adds: whether `step` only uses the sum of its first two arguments.
+      forget_gate: which of the blocks is the LSTM's forget gate; None: there is none.
     """
 
     num_gates: int
     num_states: int
     step: Callable[[Array, Array, State], State]
     adds: bool
+    forget_gate: int | None = None
 
 
 def _rnn(activation):
@@ -49,34 +51,52 @@ def _gru(from_input, from_state, state):
     return ((1 - update) * new + update * hidden,)
 
 
-def _lstm(from_input, from_state, state):
-    memory, _ = state
-    i, f, g, o = jnp.split(from_input + from_state, 4, axis=-1)
-    memory = jax.nn.sigmoid(f) * memory + jax.nn.sigmoid(i) * jnp.tanh(g)
-    return memory, jax.nn.sigmoid(o) * jnp.tanh(memory)
+def _lstm(input_gate):
+    def step(from_input, from_state, state):
+        memory, _ = state
+        gates = from_input + from_state
+        if input_gate == "coupled":
+            f, g, o = jnp.split(gates, 3, axis=-1)
+            forget = jax.nn.sigmoid(f)
+            write = 1 - forget
+        else:
+            i, f, g, o = jnp.split(gates, 4, axis=-1)
+            forget, write = jax.nn.sigmoid(f), jax.nn.sigmoid(i)
+            if input_gate == "capped":
+                write = jnp.minimum(write, 1 - forget)
+        memory = forget * memory + write * jnp.tanh(g)
+        return memory, jax.nn.sigmoid(o) * jnp.tanh(memory)
+
+    return step
 
 
-def cell(name: str, activation: str | None = None) -> Cell:
+def cell(name: str, activation: str | None = None, input_gate: str | None = None) -> Cell:
     """A recurrence by name.
 
     rnn: h = act(x W + h U + b) (Elman 1990), act tanh or relu.
-    lstm: gates i, f, g, o; c = f c + i g; h = o tanh(c) (Hochreiter & Schmidhuber 1997; Gers et al. 2000).
+    lstm: gates i, f, g, o; c = f c + i g; h = o tanh(c) (Hochreiter & Schmidhuber 1997; Gers et al. 2000). The input gate is
+      "free" (or None); "coupled", i = 1 - f, which leaves f, g, o (Greff et al. 2017, arXiv:1503.04069); or "capped",
+      i = min(sigmoid, 1 - f), which keeps |c| below 1 (Melis et al. 2018, arXiv:1707.05589).
     gru: gates r, z, n; n = tanh(x W + b + r (h U + b')); h = (1 - z) n + z h: the reset acts after the matmul, as in torch
       and cuDNN (Cho et al. 2014, arXiv:1406.1078).
     """
     if name == "rnn":
         return Cell(1, 1, _rnn({"tanh": jnp.tanh, "relu": jax.nn.relu}[activation]), adds=True)
-    return {"gru": Cell(3, 1, _gru, adds=False), "lstm": Cell(4, 2, _lstm, adds=True)}[name]
+    if name == "gru":
+        return Cell(3, 1, _gru, adds=False)
+    coupled = input_gate == "coupled"
+    return Cell(3 if coupled else 4, 2, _lstm(input_gate), adds=True, forget_gate=0 if coupled else 1)
 
 
-def _scan(cell, gates_TBG, shift_TBG, recurrent_kernel, state_bias, state, valid_TB, starts_TB):
+def _scan(cell, gates_TBG, shift_TBG, recurrent_kernel, state_bias, state, scale_BH, valid_TB, starts_TB):
     """The plain scan; `shift_TBG` (None: zero) is added to the state's part, so that its cotangent can be had."""
 
     def step(state, inputs):
         gates_BG, shift_BG, valid_B, starts_B = inputs
         if starts_B is not None:
             state = jax.tree.map(lambda s: jnp.where(starts_B[:, None], 0, s), state)
-        from_state = (state[-1].astype(recurrent_kernel.dtype) @ recurrent_kernel).astype(jnp.float32) + state_bias
+        hidden_BH = state[-1] if scale_BH is None else state[-1] * scale_BH
+        from_state = (hidden_BH.astype(recurrent_kernel.dtype) @ recurrent_kernel).astype(jnp.float32) + state_bias
         if shift_BG is not None:
             from_state += shift_BG
         new = cell.step(gates_BG.astype(jnp.float32), from_state, state)
@@ -89,7 +109,7 @@ def _scan(cell, gates_TBG, shift_TBG, recurrent_kernel, state_bias, state, valid
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def recur(cell: Cell, gates_TBG: Array, recurrent_kernel: Array, state_bias: Array, state: State, valid_TB, starts_TB):
+def recur(cell: Cell, gates_TBG: Array, recurrent_kernel: Array, state_bias: Array, state: State, scale_BH, valid_TB, starts_TB):
     """Scans a cell over time.
 
     The gradient of the recurrent matrix is one matmul over all time steps after the backward scan, where the scan's own
@@ -101,23 +121,27 @@ def recur(cell: Cell, gates_TBG: Array, recurrent_kernel: Array, state_bias: Arr
       recurrent_kernel: [H, G*H].
       state_bias: [G*H], added to the state's part of the gates.
       state: before the first step.
+      scale_BH: factors on the hidden state where it meets the matrix, the same at all steps (a dropout mask, which has no
+        gradient); None: ones.
       valid_TB, starts_TB: see `RecurrentLayer`; None: all valid.
 
     Returns:
       hidden_TBH in the kernel's dtype, and the state after the last step.
     """
-    return _scan(cell, gates_TBG, None, recurrent_kernel, state_bias, state, valid_TB, starts_TB)
+    return _scan(cell, gates_TBG, None, recurrent_kernel, state_bias, state, scale_BH, valid_TB, starts_TB)
 
 
-def _recur_forward(cell, gates_TBG, recurrent_kernel, state_bias, state, valid_TB, starts_TB):
+def _recur_forward(cell, gates_TBG, recurrent_kernel, state_bias, state, scale_BH, valid_TB, starts_TB):
     def run(gates_TBG, shift_TBG, state):
-        return _scan(cell, gates_TBG, shift_TBG, recurrent_kernel, state_bias, state, valid_TB, starts_TB)
+        return _scan(cell, gates_TBG, shift_TBG, recurrent_kernel, state_bias, state, scale_BH, valid_TB, starts_TB)
 
     shift_TBG = None if cell.adds else jnp.zeros(gates_TBG.shape, jnp.float32)
     (hidden_TBH, after), backward = jax.vjp(run, gates_TBG, shift_TBG, state)
     before_TBH = jnp.concatenate([state[-1].astype(hidden_TBH.dtype)[None], hidden_TBH[:-1]])
     if starts_TB is not None:
         before_TBH = jnp.where(starts_TB[:, :, None], 0, before_TBH)
+    if scale_BH is not None:
+        before_TBH = (before_TBH * scale_BH).astype(before_TBH.dtype)
     return (hidden_TBH, after), (backward, before_TBH, state_bias)
 
 
@@ -127,7 +151,7 @@ def _recur_backward(cell, saved, cotangents):
     d_from_state_TBG = d_gates_TBG if cell.adds else d_shift_TBG.astype(before_TBH.dtype)
     d_kernel = jnp.einsum("tbh,tbg->hg", before_TBH, d_from_state_TBG)
     d_bias = d_from_state_TBG.sum(axis=(0, 1), dtype=state_bias.dtype)
-    return d_gates_TBG, d_kernel, d_bias, d_state, None, None
+    return d_gates_TBG, d_kernel, d_bias, d_state, None, None, None
 
 
 recur.defvjp(_recur_forward, _recur_backward)
@@ -137,9 +161,11 @@ class RecurrentLayer(nn.Module):
     """One recurrent layer over a whole segment: all input projections in one matmul, only the recurrence in the scan.
 
     Attributes:
-      name_of_cell, activation: see `cell`.
+      name_of_cell, activation, input_gate: see `cell`.
       hidden_dim: H.
       weight_drop_rate: DropConnect on the recurrent matrix.
+      state_dropout_rate: dropout on the hidden state where it meets that matrix, one mask a row for all steps of a segment
+        (Gal & Ghahramani 2016, arXiv:1512.05287).
       forget_bias: initial bias of the LSTM's forget gate (Jozefowicz et al. 2015).
     """
 
@@ -148,21 +174,32 @@ class RecurrentLayer(nn.Module):
     kernel_init: Initializer
     recurrent_init: Initializer
     activation: str | None = None
+    input_gate: str | None = None
     weight_drop_rate: float = 0.0
+    state_dropout_rate: float = 0.0
     forget_bias: float = 0.0
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.cell = cell(self.name_of_cell, self.activation)
+        self.cell = cell(self.name_of_cell, self.activation, self.input_gate)
         self.weight_drop = WeightDrop(self.weight_drop_rate)
+        self.state_dropout = Dropout(self.state_dropout_rate)
 
     def _bias_init(self, key, shape, dtype=jnp.float32):
         del key
-        bias = jnp.zeros(shape, dtype)
-        return bias.at[self.hidden_dim : 2 * self.hidden_dim].set(self.forget_bias) if self.name_of_cell == "lstm" else bias
+        bias, gate = jnp.zeros(shape, dtype), self.cell.forget_gate
+        return bias if gate is None else bias.at[gate * self.hidden_dim : (gate + 1) * self.hidden_dim].set(self.forget_bias)
 
     @nn.compact
-    def __call__(self, x_TBD: Array, state: State, valid_TB: Array | None, starts_TB: Array | None, train: bool):
+    def __call__(
+        self,
+        x_TBD: Array,
+        state: State,
+        valid_TB: Array | None,
+        starts_TB: Array | None,
+        train: bool,
+        rows_B: Array | None = None,
+    ):
         """Runs the recurrence.
 
         Args:
@@ -170,6 +207,7 @@ class RecurrentLayer(nn.Module):
           state: what the rows remember.
           valid_TB: where False the state stays as it is; None: all valid.
           starts_TB: where True the state is emptied before the step; given with valid_TB.
+          rows_B: global row numbers, which key dropout.
 
         Returns:
           hidden_TBH, and the state after the last step.
@@ -185,23 +223,32 @@ class RecurrentLayer(nn.Module):
             recurrent_bias = self.param("recurrent_bias", nn.initializers.zeros, (self.hidden_dim,))
             state_bias = state_bias.at[2 * self.hidden_dim :].set(recurrent_bias)
         recurrent_kernel = self.weight_drop(recurrent_kernel, train).astype(self.dtype)
-        time_rows, whole = (None, ALL_ROWS), ()
+        scale_BH = None
+        if train and self.state_dropout_rate:
+            scale_BH = self.state_dropout(jnp.ones_like(state[-1]), rows_B, train)
+        time_rows, whole, rows = (None, ALL_ROWS), (), (ALL_ROWS,)
         recur_here = locally(
             lambda _, *arguments: recur(self.cell, *arguments),
-            (time_rows, whole, whole, (ALL_ROWS,), time_rows, time_rows),
-            (time_rows, tuple((ALL_ROWS,) for _ in state)),
+            (time_rows, whole, whole, rows, rows, time_rows, time_rows),
+            (time_rows, tuple(rows for _ in state)),
         )
-        return recur_here(gates_TBG, recurrent_kernel, state_bias, state, valid_TB, starts_TB)
+        return recur_here(gates_TBG, recurrent_kernel, state_bias, state, scale_BH, valid_TB, starts_TB)
 
 
 class RecurrentStack(nn.Module):
     """Layers of one recurrence, with dropout on what enters the first, between them, and on what leaves the last.
 
     Attributes:
-      name_of_cell, activation: see `cell`.
+      name_of_cell, activation, input_gate: see `cell`.
       layer_dims: width of each layer.
       embedding_dropout_rate, dropout_rate, output_dropout_rate: before, between and after the layers.
+      weight_drop_rate, state_dropout_rate: see `RecurrentLayer`.
       variational: one mask for all steps of a segment.
+      projected_dim: width of a product that follows the last dropout (Melis et al. 2018), so that a tied output can be
+        narrower than the last layer; None: there is none.
+
+    The last layer's hidden states are sown to `intermediates` for objectives that look at them: `last_hidden_BTH` as they
+    are, `dropped_hidden_BTH` after dropout.
     """
 
     name_of_cell: str
@@ -209,11 +256,14 @@ class RecurrentStack(nn.Module):
     kernel_init: Initializer
     recurrent_init: Initializer
     activation: str | None = None
+    input_gate: str | None = None
     embedding_dropout_rate: float = 0.0
     dropout_rate: float = 0.0
     output_dropout_rate: float = 0.0
     weight_drop_rate: float = 0.0
+    state_dropout_rate: float = 0.0
     variational: bool = False
+    projected_dim: int | None = None
     forget_bias: float = 0.0
     dtype: Any = jnp.float32
 
@@ -225,7 +275,9 @@ class RecurrentStack(nn.Module):
                 kernel_init=self.kernel_init,
                 recurrent_init=self.recurrent_init,
                 activation=self.activation,
+                input_gate=self.input_gate,
                 weight_drop_rate=self.weight_drop_rate,
+                state_dropout_rate=self.state_dropout_rate,
                 forget_bias=self.forget_bias,
                 dtype=self.dtype,
                 name=f"layer_{i}",
@@ -234,6 +286,8 @@ class RecurrentStack(nn.Module):
         ]
         rates = [self.embedding_dropout_rate, *[self.dropout_rate] * (len(self.layer_dims) - 1), self.output_dropout_rate]
         self.dropouts = [Dropout(rate, constant_axis=0 if self.variational else None, row_axis=1) for rate in rates]
+        if self.projected_dim is not None:
+            self.projection = nn.Dense(self.projected_dim, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype)
 
     def initial_carry(self, batch_size: int, length: int | None):
         """Zeros: for each layer a tuple of float32 [B, H], `(h,)` or `(c, h)`; the length does not matter."""
@@ -254,6 +308,11 @@ class RecurrentStack(nn.Module):
         hidden = constrain(x_BTD.swapaxes(0, 1), None, ALL_ROWS)
         after = {}
         for layer, dropout in zip(self.layers, self.dropouts, strict=False):
-            hidden, after[layer.name] = layer(dropout(hidden, rows_B, train), states[layer.name], valid_TB, starts_TB, train)
-        hidden = self.dropouts[-1](hidden, rows_B, train)
-        return hidden.swapaxes(0, 1), None if carry is None else after
+            dropped = dropout(hidden, rows_B, train)
+            hidden, after[layer.name] = layer(dropped, states[layer.name], valid_TB, starts_TB, train, rows_B)
+        self.sow("intermediates", "last_hidden_BTH", hidden.swapaxes(0, 1))
+        hidden = self.dropouts[-1](hidden, rows_B, train).swapaxes(0, 1)
+        self.sow("intermediates", "dropped_hidden_BTH", hidden)
+        if self.projected_dim is not None:
+            hidden = self.projection(hidden)
+        return hidden, None if carry is None else after
