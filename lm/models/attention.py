@@ -225,7 +225,8 @@ class Attention(nn.Module):
           The mixed values [B, T, D], and the cache after the segment.
         """
         heads = (*x_BTD.shape[:2], self.num_heads, self.model_dim // self.num_heads)
-        q, k, v = (project(x_BTD).reshape(heads) for project in (self.query, self.key, self.value))
+        x_ND = x_BTD.reshape(-1, self.model_dim)  # as in FeedForward
+        q, k, v = (project(x_ND).reshape(heads) for project in (self.query, self.key, self.value))
         if self.rotary:
             q, k = rotate(q, where.positions_BT), rotate(k, where.positions_BT)
         keys, values, after = k, v, None
@@ -242,4 +243,4 @@ class Attention(nn.Module):
                 visible_BTS = causal(0, x_BTD.shape[1], 0, x_BTD.shape[1], where.window)
             mixed, weights = attend(q, keys, values, visible_BTS, lambda weights: self.dropout(weights, rows_B, train))
             self.sow("intermediates", "attention_weights", weights)
-        return self.outward(mixed.reshape(x_BTD.shape)), after
+        return self.outward(mixed.reshape(x_ND.shape)).reshape(x_BTD.shape), after

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.layers import Dropout, Initializer, WeightDrop, gatewise, segment_runs
-from lm.partition import ALL_ROWS, constrain, locally
+from lm.partition import ALL_ROWS, constrain, count, locally
 
 Array = jax.Array
 State = tuple[Array, ...]  # float32 [B, H] each; the last one is the hidden state
@@ -149,12 +149,21 @@ def _recur_backward(cell, saved, cotangents):
     backward, before_TBH, state_bias = saved
     d_gates_TBG, d_shift_TBG, d_state = backward(cotangents)
     d_from_state_TBG = d_gates_TBG if cell.adds else d_shift_TBG.astype(before_TBH.dtype)
-    d_kernel = jnp.einsum("tbh,tbg->hg", before_TBH, d_from_state_TBG)
+    before_NH, d_from_state_NG = (x.reshape(-1, x.shape[-1]) for x in (before_TBH, d_from_state_TBG))
+    d_kernel = jnp.einsum("nh,ng->hg", before_NH, d_from_state_NG)
     d_bias = d_from_state_TBG.sum(axis=(0, 1), dtype=state_bias.dtype)
     return d_gates_TBG, d_kernel, d_bias, d_state, None, None, None
 
 
 recur.defvjp(_recur_forward, _recur_backward)
+
+
+def _product(x_TBD, kernel_DG):
+    """x @ kernel. Of two axes XLA's CPU backend runs it and its gradients 1.1 to 1.6 times as fast as of three, but time and rows
+    cannot be one axis where the rows are split over devices."""
+    if count(ALL_ROWS) > 1:
+        return x_TBD @ kernel_DG
+    return (x_TBD.reshape(-1, x_TBD.shape[-1]) @ kernel_DG).reshape(*x_TBD.shape[:2], -1)
 
 
 class RecurrentLayer(nn.Module):
@@ -217,7 +226,7 @@ class RecurrentLayer(nn.Module):
         input_kernel = self.param("input_kernel", init, (x_TBD.shape[-1], width))
         recurrent_kernel = self.param("recurrent_kernel", recurrent_init, (self.hidden_dim, width))
         bias = self.param("bias", self._bias_init, (width,))
-        gates_TBG = x_TBD @ input_kernel.astype(self.dtype) + bias.astype(self.dtype)
+        gates_TBG = _product(x_TBD, input_kernel.astype(self.dtype)) + bias.astype(self.dtype)
         state_bias = jnp.zeros((width,))
         if self.name_of_cell == "gru":  # the candidate's second bias stands inside the reset, so it cannot join the first
             recurrent_bias = self.param("recurrent_bias", nn.initializers.zeros, (self.hidden_dim,))
