@@ -31,9 +31,10 @@ def causal_language_model(
       activation_penalty, temporal_activation_penalty: factors of AR and TAR, see `activation_penalties`; of recurrent models.
     """
     penalties = activation_penalty or 0.0, temporal_activation_penalty or 0.0
+    shown = ["intermediates"] if any(penalties) else []
 
     def objective(params, carry, batch: Batch, key, train):
-        found = model.apply(
+        (sums, carry), sown = model.apply(
             {"params": params},
             batch.inputs_BT,
             batch.targets_BT,
@@ -45,11 +46,10 @@ def causal_language_model(
             train=train,
             rngs={"dropout": key} if train else None,
             method="loss_sums",
-            mutable=["intermediates"] if any(penalties) else False,
+            mutable=shown,
         )
-        (sums, carry), sown = found if any(penalties) else (found, None)
         named = {**sums._asdict(), "weight": jnp.sum(batch.loss_weights_BT)}
-        if any(penalties):
+        if shown:
             (last_BTH,), (dropped_BTH,) = (
                 sown["intermediates"]["stack"][name] for name in ("last_hidden_BTH", "dropped_hidden_BTH")
             )
@@ -67,7 +67,7 @@ def activation_penalties(last_BTH, dropped_BTH, loss_weights_BT, segments_BT=Non
     tokens weigh the same, that of the change from one token to the next before dropout, over the T - 1 changes there are.
 
     Args:
-      last_BTH, dropped_BTH: the last layer's output before and after dropout.
+      last_BTH, dropped_BTH: the last layer's output before and after dropout, in any precision; squared in float32.
       loss_weights_BT: a token's squares count as much as the token, a change as much as the later one.
       segments_BT: between two documents, and from or to padding, there is no change.
     """

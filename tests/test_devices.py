@@ -26,7 +26,14 @@ B, T, V, STEPS, LIMIT = 16, 5, 11, 3, 0.1
 EXPERIMENTS = {
     "rnn": dict(dropout_rate=0.3, init_scale=0.5),
     "gru": dict(dropout_rate=0.3, tie_embeddings=False, init_scale=0.5),
-    "lstm": dict(dropout_rate=0.3, weight_drop_rate=0.3, word_dropout_rate=0.2, variational_dropout=True, init_scale=0.5),
+    "lstm": dict(
+        dropout_rate=0.3,
+        weight_drop_rate=0.3,
+        state_dropout_rate=0.2,
+        word_dropout_rate=0.2,
+        variational_dropout=True,
+        init_scale=0.5,
+    ),
     "transformer": dict(dropout_rate=0.3, attention_window=4, num_heads=2, init_scale=0.3),
 }
 # path and shape of a piece of state -> the axes of a mesh of 2 × 2 × 2 that split each dimension

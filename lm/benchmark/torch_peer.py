@@ -62,8 +62,8 @@ def check(draft: Config, config: Config, mode: str) -> None:
     extras = {
         "config.model.input_gate": model.input_gate not in (None, "free"),
         "config.model.project_output": model.project_output,
-        "config.training.activation_penalty": training.activation_penalty,
-        "config.training.temporal_activation_penalty": training.temporal_activation_penalty,
+        "config.training.activation_penalty": mode == "train" and training.activation_penalty,
+        "config.training.temporal_activation_penalty": mode == "train" and training.temporal_activation_penalty,
     }
     for name, is_set in extras.items():
         if is_set:

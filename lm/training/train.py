@@ -20,7 +20,7 @@ from lm.evaluation.scorers import neural_scorer
 from lm.models.build import build, count_params, initialise, solve_widths
 from lm.models.language_model import LanguageModel
 from lm.models.ngram import Ngram
-from lm.objectives import Objective, causal_language_model, reset_rows
+from lm.objectives import causal_language_model, reset_rows
 from lm.parallel import Placement, device_summary, place
 from lm.runs.checkpoint import Checkpoints, check_like
 from lm.runs.folder import RunFolder
@@ -246,26 +246,22 @@ def _skip(state, carry, batch):
     return skip_step(state), reset_rows(carry, batch.reset_B)
 
 
-def objective(config: Config, model: LanguageModel) -> Objective:
-    """What a config has a model learn."""
-    training = config.training
-    return causal_language_model(
-        model, training.label_smoothing, training.activation_penalty, training.temporal_activation_penalty
-    )
-
-
 def compile_step(config: Config, model: LanguageModel, optimizer, placement: Placement):
     """The compiled training step (state, carry, batch) -> (state, carry); it reuses the buffers of its first two arguments."""
+    training = config.training
+    objective = causal_language_model(
+        model, training.label_smoothing, training.activation_penalty, training.temporal_activation_penalty
+    )
     step = functools.partial(
         train_step,
-        objective=objective(config, model),
+        objective=objective,
         optimizer=optimizer,
         settings=config.optimizer,
         total=placement.total,
         dropout_key=dropout_key(config),
-        num_micro_batches=config.training.num_micro_batches,
-        on_bad_step=config.training.on_bad_step,
-        spike_nats=config.training.spike_nats,
+        num_micro_batches=training.num_micro_batches,
+        on_bad_step=training.on_bad_step,
+        spike_nats=training.spike_nats,
     )
     return placement.compile(step, ("state", "rows"), donate=(0, 1))
 
