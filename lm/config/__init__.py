@@ -1,0 +1,45 @@
+"""A whole experiment as typed dataclasses: the fields with their meanings, validation, and the way to and from JSON.
+
+A config file returns a mutable `Config`; `resolve` checks every value, fills what an architecture leaves open and gives
+a frozen copy, which is what everything else reads. Nothing here knows how any of it is carried out.
+"""
+
+from lm.config.fields import (
+    ARCHITECTURES,
+    INITIALIZERS,
+    NEURAL,
+    RECURRENT,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from lm.config.rules import default_mlp_dim, replaced, resolve
+from lm.config.section import Section, recording, unknown_field
+from lm.config.stored import differences, from_json, given_fields, load_resolved, to_json
+
+__all__ = [
+    "ARCHITECTURES",
+    "INITIALIZERS",
+    "NEURAL",
+    "RECURRENT",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Section",
+    "TrainingConfig",
+    "default_mlp_dim",
+    "differences",
+    "from_json",
+    "given_fields",
+    "load_resolved",
+    "recording",
+    "replaced",
+    "resolve",
+    "to_json",
+    "unknown_field",
+]
