@@ -80,12 +80,13 @@ def describe(experiment: Experiment) -> str:
         return f"{model.ngram_order}-gram counts of {text}"
     widths = "+".join(map(str, model.layer_dims)) if model.layer_dims else f"{model.num_layers} × {model.hidden_dim}"
     widths += f", mlp {model.mlp_dim}" if model.mlp_dim else ""
-    tokens = config.training.num_steps * config.data.batch_size * config.data.seq_len
+    data, num_steps = config.data, config.training.num_steps
+    tokens = num_steps * data.batch_size * data.seq_len
+    shape = f"{data.batch_size} × {'about ' if data.seq_len_std is not None else ''}{data.seq_len} tokens"
     epochs = tokens / len(train.tokens)
     return (
         f"{model.architecture} ({widths}; {experiment.facts['num_params']:,} parameters) on {text}; "
-        f"{config.training.num_steps:,} steps of {config.data.batch_size} × {config.data.seq_len} tokens = {tokens / 1e6:.2f}M, "
-        f"{epochs:.1f} epochs"
+        f"{num_steps:,} steps of {shape} = {tokens / 1e6:.2f}M, {epochs:.1f} epochs"
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import changed, corpus_of, model_and_params, refused
 
 from lm.config import Config, resolve
-from lm.data.batches import Batch, Packed, Padded, Stream, Windows, batches
+from lm.data.batches import Batch, Packed, Padded, Stream, StreamOfRandomLengths, Windows, batches, random_lengths
 from lm.data.prefetch import prefetch
 from lm.objectives import causal_language_model
 
@@ -122,6 +122,73 @@ def test_the_config_chooses():
         source = batches(config, CORPUS)
         assert type(source) is kind
         assert_equal(source.batch(3, slice(None)), kind(CORPUS, 3, 5, 8).batch(3, slice(None)))
+
+
+LONG = corpus_of(np.arange(3001, dtype=np.uint16) % 999, vocab_size=1000, eos=EOS)
+
+
+def test_a_stream_of_random_lengths_reads_each_row_whole_once_an_epoch():
+    """Without its padding it is the plain stream in other pieces, of every epoch."""
+    source = StreamOfRandomLengths(LONG, 3, 20, seed=5, std=4.0)
+    assert source.steps_per_epoch == len({step for step in range(500) if source.epoch(step) == 1})
+    assert source.tokens_per_step * source.steps_per_epoch == 3000
+    orders = []
+    for epoch in range(3):
+        steps = range(epoch * source.steps_per_epoch, (epoch + 1) * source.steps_per_epoch)
+        found = [source.batch(step, slice(None)) for step in steps]
+        assert [batch.reset_B.tolist() for batch in found] == [[index == 0] * 3 for index in range(len(found))]
+        lengths = [int(batch.segments_BT[0].sum()) for batch in found]
+        orders.append(tuple(lengths))
+        for batch, length in zip(found, lengths, strict=True):
+            assert batch.inputs_BT.shape in source.shapes and batch.inputs_BT.shape[1] - length < 8
+            there = np.broadcast_to(np.arange(batch.inputs_BT.shape[1]) < length, batch.inputs_BT.shape)
+            np.testing.assert_array_equal(batch.segments_BT, there)
+            np.testing.assert_array_equal(batch.loss_weights_BT, there)
+            assert batch.segments_BT.dtype == np.int32 and batch.loss_weights_BT.dtype == np.float32
+        for name, shift in (("targets_BT", 0), ("inputs_BT", 1)):
+            rows = np.concatenate([getattr(b, name)[:, :n] for b, n in zip(found, lengths, strict=True)], axis=1)
+            wanted = np.concatenate([[EOS] * shift, LONG.tokens])[:3000].reshape(3, 1000)
+            np.testing.assert_array_equal(rows, wanted)
+    assert len(set(orders)) == 3 and len({tuple(sorted(order)) for order in orders}) == 1  # the same lengths in other orders
+
+
+def test_a_batch_of_random_length_is_a_pure_function_of_step_and_rows():
+    source, again, other = (StreamOfRandomLengths(LONG, 4, 20, seed, std=4.0) for seed in (5, 5, 6))
+    differs = False
+    for step in (0, 90, 3, 41):
+        whole, part, same = source.batch(step, slice(None)), source.batch(step, slice(1, 3)), again.batch(step, slice(None))
+        for name in ("inputs_BT", "targets_BT", "loss_weights_BT", "segments_BT", "reset_B", "rows_B"):
+            np.testing.assert_array_equal(getattr(whole, name)[1:3], getattr(part, name))
+            np.testing.assert_array_equal(getattr(whole, name), getattr(same, name))
+        differs |= whole.segments_BT.sum() != other.batch(step, slice(None)).segments_BT.sum()
+    assert differs
+
+
+def test_random_lengths_are_normal_around_the_mean_and_at_times_its_half():
+    lengths = random_lengths(1_000_000, 70, 5.0, (0,))
+    assert lengths.sum() == 1_000_000 and lengths.min() >= 5
+    short = lengths < 53  # between the two by about 3.5 standard deviations each
+    assert short.mean() == pytest.approx(0.05, abs=0.006)
+    for chosen, mean in ((~short, 69.5), (short, 34.5)):  # half a token is lost to whole numbers
+        assert lengths[chosen].mean() == pytest.approx(mean, abs=0.6) and lengths[chosen].std() == pytest.approx(5, abs=0.5)
+
+
+@pytest.mark.parametrize("total", [1, 4, 5, 9, 23])
+def test_random_lengths_leave_no_crumb(total):
+    for seed in range(20):
+        lengths = random_lengths(total, 5, 2.0, (seed,))
+        assert lengths.sum() == total and lengths.min() >= min(5, total)
+
+
+def test_random_lengths_are_of_one_stream_only():
+    for fields in (
+        {"data__order": "windows"},
+        {"data__mixture": ("x",), "data__mixture_weights": (0.5, 0.5)},
+    ):
+        with refused("config.data.seq_len_std", "config.data.order='stream'"):
+            resolve(changed(Config(), data__seq_len_std=5.0, **fields))
+    config = resolve(changed(Config(), data__seq_len_std=5.0))
+    assert type(batches(config, LONG)) is StreamOfRandomLengths
 
 
 def threads():

@@ -191,6 +191,12 @@ def test_decay_shrinks_matrices_and_nothing_else(tiny, rng, name):
     jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
+def test_decay_of_all_shrinks_all(tiny, rng):
+    params = tree(rng)
+    found = run(build(tiny, "sgd", weight_decay=2.0, decayed="all"), params, [jax.tree.map(np.zeros_like, params)] * 3)
+    jax.tree.map(lambda f, p: np.testing.assert_allclose(f, p * (1 - 2 * RATE) ** 3, rtol=1e-6), found, params)
+
+
 def test_decay_is_apart_from_the_gradients_scale(tiny, rng):
     """Decoupled: Adam divides the gradient by its size, and must not divide the decay."""
     params, gradient = tree(rng), tree(rng, 100.0)

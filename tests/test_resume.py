@@ -20,6 +20,7 @@ from helpers import ROOT, changed, config_file, draft, refused, without_timings,
 from launch import compare
 from launch.console import Console
 from lm.errors import Preempted
+from lm.parallel import place
 from lm.runs.checkpoint import Checkpoints
 from lm.runs.folder import RunFolder
 from lm.runs.open import open_run
@@ -46,6 +47,20 @@ def lstm(corpus, **fields):
         optimizer__learning_rate=0.2,
         optimizer__schedule="plateau",
         optimizer__decay_factor=0.3,  # no binary fraction
+        evaluation__rows=2,
+        seed=3,
+    )
+    return draft(corpus, "lstm", **(values | INTERVALS | fields))
+
+
+def averaged(corpus, **fields):
+    """SGD over steps of random length, averaged since valid stalls."""
+    values = dict(
+        data__seq_len_std=1.5,
+        optimizer__name="sgd",
+        optimizer__learning_rate=2.0,
+        training__averaging="stall",
+        training__averaging_patience=1,
         evaluation__rows=2,
         seed=3,
     )
@@ -127,7 +142,7 @@ def interrupt(config, workdir, at):
 def runs(corpus, tmp_path_factory):
     """Each experiment run in one go: its config and its folder."""
     found = {}
-    for name, config in (("lstm", lstm(corpus)), ("transformer", transformer(corpus))):
+    for name, config in (("lstm", lstm(corpus)), ("averaged", averaged(corpus)), ("transformer", transformer(corpus))):
         found[name] = config, tmp_path_factory.mktemp(name)
         train(config, str(found[name][1]))
     return found
@@ -149,7 +164,9 @@ def test_an_uninterrupted_run_is_what_its_config_says(runs):
         assert [line["step"] for line in lines if line["split"] == "train"] == list(range(3, 61, 3))
         assert [line["step"] for line in lines if line["split"] == "valid"] == [*range(7, 60, 7), 60]
         for line in lines:
-            assert line["tokens"] == line["step"] * 32 and line["perplexity"] == pytest.approx(math.exp(line["loss"]))
+            if config.data.seq_len_std is None:
+                assert line["tokens"] == line["step"] * 32
+            assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
         fields = {"gradient_norm", "clipped_share", "update_norm", "learning_rate", "epoch", "seconds", "tokens_per_second"}
         assert all(fields <= set(line) for line in lines if line["split"] == "train")
         assert lines[-1]["epoch"] >= 2
@@ -192,6 +209,28 @@ def test_broken_off_anywhere_a_transformer_over_windows_ends_the_same(runs, tmp_
     train(config, str(tmp_path))
     assert_same_outcome(outcome(whole), outcome(tmp_path))
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_broken_off_anywhere_an_average_over_random_lengths_ends_the_same(runs, tmp_path):
+    """Before the mean begins, and after; what a checkpoint calls its parameters is the mean, which valid was scored with."""
+    config, whole = runs["averaged"]
+    looks = [line for line in RunFolder(whole).read_metrics() if line["split"] == "valid"]
+    begins = next(number for number, line in enumerate(looks) if line["averaging"])
+    assert 1 <= begins < len(looks) - 2 and all(line["averaging"] for line in looks[begins:])
+    for at in (10, looks[begins]["step"] + 2):
+        interrupt(config, tmp_path, at)
+    train(config, str(tmp_path))
+    assert_same_outcome(outcome(whole), outcome(tmp_path))
+
+
+def test_what_a_checkpoint_calls_its_parameters_is_what_valid_was_scored_with(runs):
+    for name, (config, workdir) in runs.items():
+        run = open_run(str(workdir))
+        line = next(line for line in run.folder.read_metrics() if line["split"] == "valid" and line["step"] == run.step)
+        prepared = training.prepare(config, run.folder)
+        placement = place(prepared.config)
+        look = training.quick_look(prepared.config, prepared.model, prepared.valid, placement)
+        assert look(placement.put_state(run.params))["loss"] == pytest.approx(line["loss"], abs=1e-6), name
 
 
 def launched(config_path, workdir):
@@ -288,7 +327,7 @@ def test_a_finished_run_is_left_as_it_is(runs, monkeypatch):
     for config, workdir in runs.values():
         before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"}
         result = train(config, str(workdir), Never())
-        assert (result.step, result.tokens) == (60, 60 * 32)
+        assert (result.step, result.tokens) == (60, list(RunFolder(workdir).read_metrics())[-1]["tokens"])
         assert result.best_loss == Checkpoints(workdir / "checkpoints").progress(60)["best_loss"]
         assert {path: path.stat().st_mtime_ns for path in before} == before
 

@@ -14,7 +14,9 @@ from lm.models.build import build, initialise
 from lm.objectives import causal_language_model
 from lm.parallel import Placement
 from lm.training import optimizer as optimizers
-from lm.training.step import dropout_key, initial_state, train_step
+from lm.training.controls import decide, initial_controls
+from lm.training.progress import Progress
+from lm.training.step import dropout_key, evaluation_params, initial_state, joined, parted, train_step
 from lm.training.train import compile_step
 
 B, T, V = 4, 5, 11
@@ -35,7 +37,7 @@ def bigrams(params, carry, batch, key, train):
     return {"objective": loss, "loss": loss, "weight": jnp.sum(batch.loss_weights_BT)}, carry
 
 
-def compiled_step(config, objective):
+def compiled_step(config, objective, full_weight=None):
     """The optimiser and the step for a config, on one device."""
     optimizer, _ = optimizers.build(config, steps_per_epoch=10)
     step = functools.partial(
@@ -48,6 +50,8 @@ def compiled_step(config, objective):
         num_micro_batches=config.training.num_micro_batches,
         on_bad_step=config.training.on_bad_step,
         spike_nats=config.training.spike_nats,
+        averaging_decay=config.training.averaging_decay,
+        full_weight=full_weight,
     )
     return optimizer, jax.jit(step)
 
@@ -201,6 +205,68 @@ def test_the_loops_factor_scales_the_update(bigram, batch):
     after, _ = step(slowed, None, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b / 4, rtol=0, atol=3e-7), gradient_of(slowed, after), whole)
     np.testing.assert_allclose(after.log_sums["update_norm"], norm(whole) / 4, rtol=1e-5)
+
+
+def test_an_update_counts_as_much_as_its_batch_is_full(tiny, bigram, batch):
+    """The gradient of a step is a mean over its tokens; the update is that times the share of a full batch there is."""
+    state, plain = bigram()
+    config = tiny("lstm", **PLAIN)
+    _, scaled = compiled_step(config, bigrams, full_weight=40.0)
+    share = batch.loss_weights_BT.sum() / 40
+    assert 0.1 < share < 0.9
+    whole, part = (gradient_of(state, step(state, None, batch)[0]) for step in (plain, scaled))
+    jax.tree.map(lambda p, w: np.testing.assert_allclose(p, w * share, rtol=0, atol=3e-7), part, whole)
+
+
+@pytest.mark.parametrize("decay", [None, 0.6])
+def test_averaged_parameters_are_the_mean_since_averaging_began(bigram, batch, decay):
+    """Until then they are those of the last step; a step that is left out is in no mean."""
+    state, step = bigram(training__averaging="stall", training__averaging_decay=decay, training__on_bad_step="skip")
+    jax.tree.map(np.testing.assert_array_equal, evaluation_params(state), state.params)
+    bad = batch.replace(loss_weights_BT=np.full((B, T), np.nan, np.float32))
+    history, mean = [], None
+    for number in range(9):
+        if number == 3:
+            state = state.replace(controls={**state.controls, "averaging": jnp.int32(1)})
+        state, _ = step(state, None, bad if number == 6 else batch)
+        kernel = np.asarray(state.params["stack"]["kernel"], np.float64)
+        if number < 3:
+            wanted = kernel
+        elif number != 6:
+            history.append(kernel)
+            if decay is None:
+                wanted = np.mean(history, axis=0)
+            else:
+                past = 0.0 if len(history) == 1 else max(min(decay, 1 - 1 / len(history)), 0)
+                wanted = mean = kernel if mean is None else past * mean + (1 - past) * kernel
+        np.testing.assert_allclose(evaluation_params(state)["stack"]["kernel"], wanted, rtol=0, atol=1e-6)
+    assert int(state.averaged_steps) == len(history) == 5
+    assert np.abs(state.params["stack"]["kernel"] - wanted).max() > 0.01
+
+
+def test_a_state_is_parted_and_joined_again(bigram):
+    for averaging in (None, "start"):
+        state, _ = bigram(training__averaging=averaging)
+        params, rest = parted(state)
+        jax.tree.map(np.testing.assert_array_equal, params, evaluation_params(state))
+        again = joined(params, rest)
+        assert jax.tree.structure(again) == jax.tree.structure(state)
+        jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_averaging_begins_when_valid_has_stalled_and_never_ends(tiny):
+    """Algorithm 1 of Merity et al. 2017: after a look worse than the best of those more than n looks ago."""
+    config = tiny("lstm", training__averaging="stall", training__averaging_patience=2)
+    losses = [5.0, 4.0, 4.5, 4.4, 4.6, 3.9, 3.8]
+    progress, controls, begun = Progress(), initial_controls("stall"), []
+    for step, loss in enumerate(losses):
+        progress.looked(step, loss)
+        controls = decide(config, controls, progress)
+        worse = step > 2 and loss > min(losses[: step - 2])
+        begun.append(int(controls["averaging"]))
+        assert begun[-1] == (1 if worse else begun[-2] if step else 0)
+    assert begun == [0, 0, 0, 0, 1, 1, 1]  # 4.6 > 4.0, of three looks before; 4.4 had 5.0 alone so far back
+    assert int(initial_controls("start")["averaging"]) == 1 and "averaging" not in initial_controls(None)
 
 
 def test_the_first_step_with_a_loss_that_is_not_finite_is_named(bigram, batch):

@@ -234,8 +234,12 @@ class _Sizes:
     def of(cls, config, vocab_size):
         if config.model.remat == "matmuls" or config.training.num_micro_batches > 1:
             raise UserError("a plan takes neither config.model.remat=matmuls nor micro-batches; it takes none and full")
-        if config.model.project_output:
-            raise UserError("a plan takes no config.model.project_output; leave it open")
+        for name, is_set in (
+            ("model.project_output", config.model.project_output),
+            ("data.seq_len_std", config.data.seq_len_std is not None),
+        ):
+            if is_set:
+                raise UserError(f"a plan takes no config.{name}; leave it open")
         params = jax.eval_shape(functools.partial(initialise, build(config, vocab_size), 0))
         layers: dict[str, dict[str, int]] = {}
         sizes = dict.fromkeys(("vectors", "table", "output"), 0)

@@ -62,6 +62,8 @@ def check(draft: Config, config: Config, mode: str) -> None:
     extras = {
         "config.model.input_gate": model.input_gate not in (None, "free"),
         "config.model.project_output": model.project_output,
+        "config.optimizer.decayed": mode == "train" and settings.decayed == "all" and settings.weight_decay,
+        "config.training.averaging": mode == "train" and training.averaging,
         "config.training.activation_penalty": mode == "train" and training.activation_penalty,
         "config.training.temporal_activation_penalty": mode == "train" and training.temporal_activation_penalty,
     }

@@ -147,6 +147,12 @@ class DataConfig(Section):
         choices=("stream", "windows", "packed", "padded"),
     )
     seq_len: int = setting(64, "tokens of a row in one step", at_least=1)
+    seq_len_std: float | None = setting(
+        None,
+        "stream: standard deviation, in tokens, of a step's length, drawn around seq_len or, one time in twenty, around half of "
+        "it; an update counts as much as the step is long",
+        above=0,
+    )
     batch_size: int = setting(32, "rows of a step over all devices", at_least=1)
     prefetch: int = setting(2, "batches made and put on the device ahead of time", at_least=0, resumable=True)
     cache_dir: str | None = setting(None, "folder of the token cache; by default lm in the user's cache folder", resumable=True)
@@ -183,7 +189,10 @@ class OptimizerConfig(Section):
     decay_start_epoch: int | None = setting(None, "step: epochs at the full learning rate", at_least=0)
     plateau_patience: int | None = setting(None, "plateau: evaluations without improvement before a decay", at_least=0)
     weight_decay: float | None = setting(
-        None, "decay of the matrices per unit of learning rate; by default 0.01 for adamw, else 0", at_least=0
+        None, "decay of parameters per unit of learning rate; by default 0.01 for adamw, else 0", at_least=0
+    )
+    decayed: str = setting(
+        "matrices", "what weight_decay acts on: matrices inside the model, or all parameters", choices=("matrices", "all")
     )
     clip_norm: float | None = setting(1.0, "largest global norm of the gradient; None: no such clipping", above=0)
     clip_value: float | None = setting(None, "largest absolute value of a gradient entry, instead of clip_norm", above=0)
@@ -213,6 +222,17 @@ class TrainingConfig(Section):
         "(objective only)",
         at_least=0,
         only=RECURRENT,
+    )
+    averaging: str | None = setting(
+        None,
+        "evaluate the mean of the parameters after each step from the start, or since valid has stalled (NT-ASGD)",
+        choices=("start", "stall"),
+    )
+    averaging_patience: int | None = setting(
+        None, "stall: the mean begins with a look at valid worse than the best of those at least so many looks before", at_least=0
+    )
+    averaging_decay: float | None = setting(
+        None, "largest weight of the past in the mean, per step; None: all steps weigh the same", above=0, below=1
     )
     log_every_steps: int = setting(50, "steps between lines of metrics", at_least=1, resumable=True)
     evaluate_every_steps: int = setting(

@@ -74,6 +74,10 @@ _OPTIMIZER_FIELDS = {
     "b2": ("name", {"adam": 0.999, "adamw": 0.999, "lion": 0.99, "muon": 0.95}),
     "adam_learning_rate": ("name", {"muon": None}),
 }
+_TRAINING_FIELDS = {
+    "averaging_patience": ("averaging", {"stall": 5}),
+    "averaging_decay": ("averaging", {"start": None, "stall": None}),
+}
 
 
 def resolve(draft: Config) -> Config:
@@ -89,6 +93,7 @@ def resolve(draft: Config) -> Config:
     _resolve_model(config.model)
     _resolve_dependent(config.data, _DATA_FIELDS)
     _resolve_dependent(config.optimizer, _OPTIMIZER_FIELDS)
+    _resolve_dependent(config.training, _TRAINING_FIELDS)
     _resolve_data(config.data)
     _resolve_rest(config)
     return frozen(config)
@@ -212,6 +217,11 @@ def _resolve_data(data):
             f"config.data.fractions is {data.fractions}, but must be three shares (train, valid, test) that add up to 1"
         )
     _resolve_mixture(data)
+    if data.seq_len_std is not None and (data.order != "stream" or data.mixture is not None):
+        raise UserError(
+            "config.data.seq_len_std is set, but only steps of one stream can differ in length; set config.data.order='stream' "
+            "and no config.data.mixture, or leave it open"
+        )
     if data.tokenizer == "word" and data.vocab_size is not None and data.vocab_size < 3:
         raise UserError(f"config.data.vocab_size is {data.vocab_size}, but word needs at least 3 (<eos>, <unk> and one word)")
     if data.tokenizer == "subword" and data.vocab_size < 258:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Protocol
@@ -14,7 +15,9 @@ from lm.data.corpus import Corpus
 from lm.data.shards import pieces
 from lm.errors import UserError
 
-_OF_MIXTURE = 1  # tells the seeds of a mixture's order from those of its windows
+_OF_MIXTURE, _OF_LENGTHS = 1, 2  # tell the seeds of a mixture's order and of random lengths from those of windows
+_HALVED = 0.05  # share of random lengths that are drawn around half of the mean
+_SHORTEST = 5  # of random lengths, in tokens
 
 
 @struct.dataclass
@@ -78,9 +81,9 @@ class _Source:
         del num_steps
         return {}
 
-    def _batch(self, starts, rows, reset):
-        """Rows that predict `tokens[start : start + seq_len]`, each token from the one before it, the first from `eos`."""
-        targets = np.stack([self.tokens[s : s + self.seq_len] for s in starts]).astype(np.int32)
+    def _batch(self, starts, rows, reset, length=None):
+        """Rows that predict `tokens[start : start + length]` (None: seq_len), each from the one before, the first from `eos`."""
+        targets = np.stack([self.tokens[s : s + (length or self.seq_len)] for s in starts]).astype(np.int32)
         first = np.array([self.tokens[s - 1] if s else self.eos for s in starts], np.int32)
         return Batch(
             inputs_BT=np.concatenate([first[:, None], targets[:, :-1]], axis=1),
@@ -116,6 +119,43 @@ class Stream(_Source):
         """Rows of a step by their numbers."""
         within = step % self.steps_per_epoch
         return self._batch([row * self.row_length + within * self.seq_len for row in rows], rows, reset=within == 0)
+
+
+class StreamOfRandomLengths(Stream):
+    """A stream whose steps differ in length (Merity et al. 2017, arXiv:1708.02182, section 4.1), padded to a few lengths.
+
+    The lengths of an epoch are drawn once, from the seed; each epoch takes the same ones in an order of its own, so that all
+    epochs have as many steps and any step is reached at once. All of a row is read.
+    """
+
+    def __init__(self, corpus, batch_size, seq_len, seed, std: float):
+        super().__init__(corpus, batch_size, seq_len, seed)
+        self._lengths_S = random_lengths(self.row_length, seq_len, std, (seed, _OF_LENGTHS))
+        self.steps_per_epoch = len(self._lengths_S)
+        self.tokens_per_step = Fraction(self.row_length * batch_size, self.steps_per_epoch)
+        self._unit = math.ceil(2 * std)
+        self.shapes = tuple((batch_size, length) for length in sorted({self._padded(length) for length in self._lengths_S}))
+        self._order = functools.lru_cache(4)(self._order_of_epoch)
+
+    def rows(self, step, rows):
+        epoch, within = divmod(step, self.steps_per_epoch)
+        starts_S, lengths_S = self._order(epoch)
+        start, length = int(starts_S[within]), int(lengths_S[within])
+        batch = self._batch([row * self.row_length + start for row in rows], rows, reset=within == 0, length=length)
+        padding = (0, 0), (0, self._padded(length) - length)
+        return batch.replace(
+            inputs_BT=np.pad(batch.inputs_BT, padding),
+            targets_BT=np.pad(batch.targets_BT, padding),
+            loss_weights_BT=np.pad(batch.loss_weights_BT, padding),
+            segments_BT=np.pad(np.ones_like(batch.inputs_BT), padding),
+        )
+
+    def _padded(self, length):
+        return -(-length // self._unit) * self._unit
+
+    def _order_of_epoch(self, epoch):
+        lengths_S = np.random.default_rng((self.seed, epoch, _OF_LENGTHS)).permutation(self._lengths_S)
+        return np.cumsum(lengths_S) - lengths_S, lengths_S
 
 
 class Windows(_Source):
@@ -331,6 +371,22 @@ def whole_shares(weights: Sequence[float], total: int) -> list[int]:
     return counts.tolist()
 
 
+def random_lengths(total: int, mean: int, std: float, seeds: tuple[int, ...]) -> np.ndarray:
+    """Lengths that add up to a total: each about normal around the mean or, one time in twenty, around half of it.
+
+    None is shorter than five tokens (unless the total is); what the last ones leave over goes to the one before.
+    """
+    random, lengths, left = np.random.default_rng(seeds), [], total
+    while left:
+        centre = mean / 2 if random.random() < _HALVED else mean
+        length = min(max(_SHORTEST, int(random.normal(centre, std))), left)
+        if left - length < _SHORTEST:
+            length = left
+        lengths.append(length)
+        left -= length
+    return np.array(lengths, np.int64)
+
+
 def shuffled(index: int, length: int, seeds: tuple[int, ...]) -> int:
     """Where a permutation of `length` things, one of its own for each tuple of seeds, puts the thing of an index."""
     from grain.experimental import index_shuffle
@@ -353,6 +409,8 @@ def batches(config: Config, corpus: Corpus, mixture: Mapping[str, Corpus] | None
     data = config.data
     kind = {"stream": Stream, "windows": Windows, "packed": Packed, "padded": Padded}[data.order]
     shape = data.batch_size, data.seq_len, config.seed
+    if data.seq_len_std is not None:
+        return StreamOfRandomLengths(corpus, *shape, data.seq_len_std)
     if not mixture:
         return kind(corpus, *shape)
     corpora = {data.source: corpus, **mixture}

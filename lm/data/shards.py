@@ -135,7 +135,18 @@ def manifest_path(folder: pathlib.Path) -> pathlib.Path:
 
 
 # What of a config's data decides its tokens: all but how they are batched, and where things lie.
-_NOT_DECISIVE = {"path", "cache_dir", "order", "seq_len", "batch_size", "prefetch", "prepared", "mixture", "mixture_weights"}
+_NOT_DECISIVE = {
+    "path",
+    "cache_dir",
+    "order",
+    "seq_len",
+    "seq_len_std",
+    "batch_size",
+    "prefetch",
+    "prepared",
+    "mixture",
+    "mixture_weights",
+}
 
 
 def decisive(data: DataConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lm.data.prefetch import prefetch
 from lm.errors import Preempted
 from lm.parallel import Placement
 from lm.runs.checkpoint import Checkpoints
+from lm.training.controls import decide, shown
 from lm.training.metrics import (
     MOST_LEFT_OUT,
     act_on_bad_step,
@@ -21,7 +22,7 @@ from lm.training.metrics import (
     train_figures,
 )
 from lm.training.progress import Progress
-from lm.training.step import TrainState, empty_log
+from lm.training.step import TrainState, empty_log, evaluation_params, parted
 
 
 def run_loop(
@@ -58,9 +59,10 @@ def run_loop(
       RollBack: a bad step, where the config wants that.
       Preempted: it was asked to stop; the step is saved.
     """
-    training, optimizer, start = config.training, config.optimizer, int(state.step)
+    training, start = config.training, int(state.step)
     progress.finished = False  # of a run that had ended more steps may be asked
-    scale = float(state.controls["learning_rate_scale"])
+    controls = {name: np.array(value) for name, value in state.controls.items()}
+    scale = float(controls["learning_rate_scale"])
     state, carry = placement.put_state(state), placement.put_rows(carry)
     tokens_per_step = source.tokens_per_step
     mark, logged = time.perf_counter(), (start // training.log_every_steps * training.log_every_steps, progress.seconds)
@@ -94,19 +96,16 @@ def run_loop(
             state = state.replace(log_sums=placement.put_state(empty_log()))
             logged = (step, progress.seconds)
         if looks:
-            figures = evaluate(state.params)
+            figures = evaluate(evaluation_params(state))
             stop_if_valid_is_not_finite(step, figures["loss"], schedule(step - 1) * scale, checkpoints)
-            record({**where, "split": "valid", **figures})
+            record({**where, "split": "valid", **figures, **shown(controls)})
             progress.looked(step, figures["loss"])
-            if optimizer.schedule == "plateau" and progress.stalled_since_decay > optimizer.plateau_patience:
-                progress.stalled_since_decay = 0
-                scale = float(np.float32(scale * optimizer.decay_factor))
-                state = state.replace(controls=placement.put_state({"learning_rate_scale": np.float32(scale)}))
+            controls = decide(config, controls, progress)
+            scale, state = float(controls["learning_rate_scale"]), state.replace(controls=placement.put_state(controls))
             progress.finished = last or progress.out_of_patience(training.early_stopping)
         if saves:
-            whole = placement.to_save(state)
-            rest = {"state": whole.replace(params=None), "carry": placement.get_rows(carry)}
-            checkpoints.save(step, whole.params, rest, dataclasses.asdict(progress))
+            params, rest = parted(placement.to_save(state))
+            checkpoints.save(step, params, {"state": rest, "carry": placement.get_rows(carry)}, dataclasses.asdict(progress))
         if progress.finished:
             break
         if stops:

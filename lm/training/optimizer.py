@@ -16,10 +16,10 @@ Schedule = Callable[[jax.Array | int], jax.Array | float]
 
 
 def build(config: Config, steps_per_epoch: int | Fraction) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
-    """Clipping -> update rule -> decay of the matrices -> learning rate.
+    """Clipping -> update rule -> decay -> learning rate.
 
-    Decay is decoupled from the gradient (Loshchilov & Hutter 2019, arXiv:1711.05101) for every rule: a matrix with zero
-    gradient shrinks by learning_rate * weight_decay a step.
+    Decay, of the matrices or of all parameters, is decoupled from the gradient (Loshchilov & Hutter 2019, arXiv:1711.05101)
+    for every rule: what has no gradient shrinks by learning_rate * weight_decay a step.
 
     Args:
       config: a resolved config; `optimizer` and `training.num_steps` are read.
@@ -31,11 +31,12 @@ def build(config: Config, steps_per_epoch: int | Fraction) -> tuple[optax.Gradie
     """
     optimizer = config.optimizer
     schedule = learning_rate(config, steps_per_epoch)
+    decayed = None if optimizer.decayed == "all" else _is_matrix
     return (
         optax.chain(
             _clip(optimizer),
             _RULES[optimizer.name](optimizer),
-            optax.add_decayed_weights(optimizer.weight_decay, mask=_is_matrix) if optimizer.weight_decay else optax.identity(),
+            optax.add_decayed_weights(optimizer.weight_decay, mask=decayed) if optimizer.weight_decay else optax.identity(),
             optax.scale_by_learning_rate(schedule),
         ),
         schedule,

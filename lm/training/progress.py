@@ -16,6 +16,7 @@ class Progress:
       finished: whether training is over.
       left_out: steps (from 1) whose batches are not trained on, since that went wrong once.
       skipped_in_a_row: steps that were left out since the last line of metrics with a good one.
+      losses: of all looks at valid, in order.
     """
 
     best_step: int | None = None
@@ -26,15 +27,22 @@ class Progress:
     finished: bool = False
     left_out: list[int] = dataclasses.field(default_factory=list)
     skipped_in_a_row: int = 0
+    losses: list[float] = dataclasses.field(default_factory=list)
 
     def looked(self, step: int, loss: float) -> None:
         """Notes a look at valid."""
+        self.losses.append(loss)
         if loss < self.best_loss:
             self.best_step, self.best_loss = step, loss
             self.stalled = self.stalled_since_decay = 0
         else:
             self.stalled += 1
             self.stalled_since_decay += 1
+
+    def is_worse_than_before(self, patience: int) -> bool:
+        """Whether the last look is worse than the best of those that at least `patience` others lie behind."""
+        *before, last = self.losses
+        return any(loss < last for loss in before[: max(len(before) - patience, 0)])
 
     def out_of_patience(self, early_stopping: int | None) -> bool:
         """Whether as many looks in a row as `early_stopping` brought nothing better."""

@@ -12,6 +12,7 @@ from flax import struct
 from lm.config import Config, OptimizerConfig, TrainingConfig
 from lm.objectives import Objective, reset_rows
 from lm.parallel import join_rows, split_rows
+from lm.training.controls import initial_controls
 from lm.training.optimizer import is_clipped
 
 Array = jax.Array
@@ -28,9 +29,12 @@ class TrainState:
       step: int32, updates done.
       params: float32 parameters.
       opt_state: optax's.
-      controls: scalars that the loop decides, so that a change never retraces: `learning_rate_scale`.
+      controls: scalars that the loop decides, see lm.training.controls.
       log_sums: sums since the last line of metrics, see `empty_log`.
       recent_loss: running mean of the loss of good steps, nats per token; None where no spike is looked for.
+      averaged_params: mean of the parameters since `controls` says so, until then those of the last step; None where the
+        config wants no mean.
+      averaged_steps: int32, how many parameters the mean is of; 0 before it begins.
     """
 
     step: Array
@@ -39,6 +43,8 @@ class TrainState:
     controls: Mapping[str, Array]
     log_sums: Mapping[str, Array]
     recent_loss: Array | None = None
+    averaged_params: Any = None
+    averaged_steps: Array | None = None
 
 
 def empty_log() -> dict[str, Array]:
@@ -51,14 +57,34 @@ def empty_log() -> dict[str, Array]:
 
 def initial_state(params, optimizer: optax.GradientTransformation, training: TrainingConfig | None = None) -> TrainState:
     """The state before the first step."""
+    averaging = training is not None and training.averaging
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        controls={"learning_rate_scale": jnp.ones(())},
+        controls=jax.tree.map(jnp.asarray, initial_controls(averaging or None)),
         log_sums=empty_log(),
         recent_loss=jnp.zeros(()) if training is not None and training.spike_nats is not None else None,
+        averaged_params=jax.tree.map(jnp.copy, params) if averaging else None,
+        averaged_steps=jnp.zeros((), jnp.int32) if averaging else None,
     )
+
+
+def evaluation_params(state: TrainState):
+    """The parameters that evaluation sees: the mean where there is one."""
+    return state.params if state.averaged_params is None else state.averaged_params
+
+
+def parted(state: TrainState) -> tuple[Any, TrainState]:
+    """The parameters that evaluation sees, and all the rest: how a checkpoint keeps them."""
+    if state.averaged_params is None:
+        return state.params, state.replace(params=None)
+    return state.averaged_params, state.replace(averaged_params=None)
+
+
+def joined(params, rest: TrainState) -> TrainState:
+    """The inverse of `parted`."""
+    return rest.replace(params=params) if rest.params is None else rest.replace(averaged_params=params)
 
 
 def skip_step(state: TrainState) -> TrainState:
@@ -90,6 +116,8 @@ def train_step(
     num_micro_batches: int = 1,
     on_bad_step: str = "stop",
     spike_nats: float | None = None,
+    averaging_decay: float | None = None,
+    full_weight: float | None = None,
 ) -> tuple[TrainState, Any]:
     """One update.
 
@@ -107,6 +135,9 @@ def train_step(
       num_micro_batches: parts the local rows are cut into, one after the other; the gradients are the same.
       on_bad_step: "skip" leaves a bad step out here; otherwise it is noted.
       spike_nats: see TrainingConfig; needs a state with `recent_loss`.
+      averaging_decay: see TrainingConfig; of a state with `averaged_params`.
+      full_weight: weight of a whole batch over all devices, where steps differ in length: an update counts as much as its
+        share of that; None: all updates count the same.
     """
     key = jax.random.fold_in(dropout_key, state.step)
     carry = reset_rows(carry, batch.reset_B)
@@ -120,7 +151,10 @@ def train_step(
     gradients = jax.tree.map(lambda g: g / weight, gradients)
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, gradient_norm=gradient_norm)
-    updates = jax.tree.map(lambda u: u * state.controls["learning_rate_scale"], updates)
+    scale = state.controls["learning_rate_scale"]
+    if full_weight is not None:
+        scale *= sums["weight"] / full_weight
+    updates = jax.tree.map(lambda u: u * scale, updates)
     update_norm = optax.global_norm(updates)
     good = jnp.isfinite(sums["loss"]) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
     if spike_nats is not None:
@@ -143,9 +177,21 @@ def train_step(
         "bad_step": jnp.where((already == 0) & ~good, step, already),
     }
     state = state.replace(step=step, params=optax.apply_updates(state.params, updates), opt_state=opt_state, log_sums=log_sums)
+    if state.averaged_params is not None:
+        state = _average(state, averaging_decay)
     if on_bad_step == "skip":
         return jax.tree.map(lambda new, old: jnp.where(good, new, old), (state, carry), skipped)
     return state, carry
+
+
+def _average(state, decay):
+    """Takes the parameters of a step into their mean (Polyak & Juditsky 1992), all alike or the past with weight `decay`."""
+    steps = jnp.where(state.controls["averaging"] > 0, state.averaged_steps + 1, 0)
+    share = 1 / jnp.maximum(steps, 1)
+    if decay is not None:
+        share = jnp.where(steps > 0, jnp.maximum(share, 1 - decay), 1.0)
+    mean = jax.tree.map(lambda mean, new: (1 - share) * mean + share * new, state.averaged_params, state.params)
+    return state.replace(averaged_params=mean, averaged_steps=steps)
 
 
 def _in_parts(gradients_of, params, carry, batch, num_parts):

@@ -29,7 +29,7 @@ from lm.training import optimizer as optimizers
 from lm.training.loop import run_loop
 from lm.training.metrics import MOST_LEFT_OUT, RollBack, recording, stop_for_many_bad_steps
 from lm.training.progress import Progress
-from lm.training.step import TrainState, dropout_key, initial_state, skip_step, train_step
+from lm.training.step import TrainState, dropout_key, initial_state, joined, parted, skip_step, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +248,7 @@ def _skip(state, carry, batch):
 
 def compile_step(config: Config, model: LanguageModel, optimizer, placement: Placement):
     """The compiled training step (state, carry, batch) -> (state, carry); it reuses the buffers of its first two arguments."""
-    training = config.training
+    training, data = config.training, config.data
     objective = causal_language_model(
         model, training.label_smoothing, training.activation_penalty, training.temporal_activation_penalty
     )
@@ -262,6 +262,8 @@ def compile_step(config: Config, model: LanguageModel, optimizer, placement: Pla
         num_micro_batches=training.num_micro_batches,
         on_bad_step=training.on_bad_step,
         spike_nats=training.spike_nats,
+        averaging_decay=training.averaging_decay,
+        full_weight=float(data.batch_size * data.seq_len) if data.seq_len_std is not None else None,
     )
     return placement.compile(step, ("state", "rows"), donate=(0, 1))
 
@@ -278,7 +280,9 @@ def step_memory(experiment: Experiment, placement: Placement) -> dict[str, int]:
     optimizer, _ = optimizers.build(config, source.steps_per_epoch)
     like = placement.state_like(jax.eval_shape(lambda: initial_state(initialise(model, config.seed), optimizer, config.training)))
     carry = model.initial_carry(config.data.batch_size) if source.carries else None
-    rows = placement.put_rows(jax.device_get(carry)), placement.put_rows(source.batch(0, slice(None)))
+    longest = max(length for _, length in source.shapes)
+    batch = jax.tree.map(lambda x: np.resize(x, (len(x), longest)) if x.ndim == 2 else x, source.batch(0, slice(None)))
+    rows = placement.put_rows(jax.device_get(carry)), placement.put_rows(batch)
     found = compile_step(config, model, optimizer, placement).lower(like, *rows).compile().memory_analysis()
     outside = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return {"state": placement.state_bytes(like), "peak": outside + found.temp_size_in_bytes}
@@ -291,9 +295,9 @@ def _restore(config, model, optimizer, source: BatchSource, checkpoints) -> tupl
     carry = model.initial_carry(config.data.batch_size) if source.carries else None
     step = processes.in_turn(checkpoints.latest_sound)
     if step is not None:
-        like = {"state": state.replace(params=None), "carry": carry}
-        params, rest = checkpoints.restore(step, params, like)
-        return rest["state"].replace(params=params), rest["carry"], Progress(**checkpoints.progress(step)), step
+        like, rest_like = parted(state)
+        params, rest = checkpoints.restore(step, like, {"state": rest_like, "carry": carry})
+        return joined(params, rest["state"]), rest["carry"], Progress(**checkpoints.progress(step)), step
     if config.training.init_from:
         run = open_run(config.training.init_from)
         check_like(params, run.params, f"config.training.init_from {config.training.init_from!r}")
