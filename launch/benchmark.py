@@ -109,10 +109,10 @@ def report(result):
                 + ", ".join(f"{ratio:.2f}" for ratio in peer["ratio"]["rounds"]),
             ),
         ]
-    load = result["load_average"][0]
-    if load > 0.5:
+    busy = result["busy_cores"]
+    if busy > 0.2:
         suffers = "; torch, whose threads wait for each other, suffers most" if result["against"] else ""
-        rows.append(("take care", f"the machine was busy before this began (load {load:.1f}): figures are noisy{suffers}"))
+        rows.append(("take care", f"other work took {busy:.1f} cores before this began: figures are noisy{suffers}"))
     width = max(len(name) for name, _ in rows)
     yield from (f"  {name:<{width}}  {text}" for name, text in rows)
 

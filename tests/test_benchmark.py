@@ -282,7 +282,7 @@ def test_the_verb_prints_a_few_lines_and_writes_what_it_measured(mode, tmp_path)
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["allocator"] == "system" and result["steps"] == 3 and len(result["load_average"]) == 3
+    assert result["allocator"] == "system" and result["steps"] == 3 and result["busy_cores"] >= 0
     assert result["mode"] == mode and result["tokens_per_step"] == (5 if mode == "generate" else 4 * 8)
     assert result["environment"]["jax"] == jax.__version__ and "launch.benchmark" in result["environment"]["command"]
     assert result["resolved"]["model"]["hidden_dim"] == 6

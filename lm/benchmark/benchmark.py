@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import os
 import pathlib
 import tempfile
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from flax import traverse_util
 from lm.backend import keep_freed_memory, start
 from lm.benchmark import torch_peer
 from lm.benchmark.flops import TRAINING, forward_flops_per_token
-from lm.benchmark.machine import SquareMatmul, host_peak_bytes, spread
+from lm.benchmark.machine import SquareMatmul, busy_cores, host_peak_bytes, spread
 from lm.benchmark.workers import Worker
 from lm.benchmark.workloads import Task, workload
 from lm.config import resolve, to_json
@@ -63,10 +62,12 @@ def benchmark(
       UserError: a bad config or text; an n-gram; a peer that is missing, that cannot do what the config asks for, or whose
         first loss is another one; a loss that is not finite.
     """
-    load_average = os.getloadavg()
+    busy = busy_cores()
     config = resolve(task.draft)
     if config.model.architecture == "ngram":
         raise UserError("config.model.architecture is 'ngram', which is counted in one pass and has nothing to measure here")
+    if config.data.seq_len_std is not None:
+        raise UserError("config.data.seq_len_std is set, but steps of one length are measured here; leave it open")
     if against == "torch":
         torch_peer.check(task.draft, config, task.mode)
     with tempfile.TemporaryDirectory() as name:
@@ -78,7 +79,7 @@ def benchmark(
             measured["warm_first_step_seconds"] = again.call("first_unit")["seconds"]
     generated = {"generation": dataclasses.asdict(task.generation)} if task.mode == "generate" else {}
     measured["environment"] = {**environment(), **measured["environment"]}
-    return {"mode": task.mode, **generated, **measured, "load_average": load_average}  # the load before we began
+    return {"mode": task.mode, **generated, **measured, "busy_cores": busy}
 
 
 def _measure(stack, start_ours, against, steps, rounds, compile_peer, profile, scratch, on_round):

@@ -1,5 +1,7 @@
 """The machine a measurement is held against: its matmul peak, its memory; and what several rounds say together."""
 
+import os
+import pathlib
 import resource
 import statistics
 import sys
@@ -38,6 +40,25 @@ class SquareMatmul:
             jax.block_until_ready(self._product(self._factor))
             durations.append(time.perf_counter() - started)
         return self._num_devices * 2 * self.size**3 / min(durations)
+
+
+def busy_cores(seconds: float = 1.0) -> float:
+    """How many cores all processes keep busy while this one waits; where there is no /proc/stat, the load of the last minute.
+
+    The load average alone would still show what a measurement before this one did.
+    """
+    statistics_file = pathlib.Path("/proc/stat")
+    if not statistics_file.exists():
+        return os.getloadavg()[0]
+
+    def idle_and_total():
+        user, nice, system, idle, waiting, *interrupts = map(int, statistics_file.read_text().split("\n", 1)[0].split()[1:9])
+        return idle + waiting, user + nice + system + idle + waiting + sum(interrupts)
+
+    idle, total = idle_and_total()
+    time.sleep(seconds)
+    idle_after, total_after = idle_and_total()
+    return round((os.cpu_count() or 1) * (1 - (idle_after - idle) / max(total_after - total, 1)), 2)
 
 
 def host_peak_bytes() -> int:
