@@ -2,6 +2,9 @@
 
 Every token of the split (or of any text, with --text) is scored once, in order; the figure is written to the run's folder with
 the protocol it was taken under. Test is scored once: asked again, the stored figure is given.
+
+Variants, whose settings are chosen on valid: --dynamic=rms (dynamic evaluation), --cache_window=500 (neural cache),
+--dropout_samples=100 (probabilities averaged over dropout) and --temperature.
 """
 
 from absl import flags
@@ -17,6 +20,36 @@ flags.DEFINE_string("text", None, "score this text file instead of a split")
 flags.DEFINE_string("data_path", None, "where the run's corpus stands now, if it has moved")
 flags.DEFINE_integer("context", None, "score in windows of this many tokens instead of what the run's config says")
 flags.DEFINE_integer("stride", None, "tokens scored in each window after the first [context // 4]")
+flags.DEFINE_float("temperature", 1.0, "divides the logits")
+flags.DEFINE_integer("dropout_samples", None, "average the probabilities of so many passes with dropout on")
+flags.DEFINE_enum("dynamic", None, ["rms", "sgd"], "after each few tokens, let the parameters take a step along their gradient")
+flags.DEFINE_float("dynamic_learning_rate", None, "length of such a step [0.002]")
+flags.DEFINE_float("dynamic_decay", None, "how far back to the trained parameters each step goes [0.02]")
+flags.DEFINE_float("dynamic_epsilon", None, "added to the gradients' root mean square in --dynamic=rms [0.001]")
+flags.DEFINE_integer("dynamic_segment", None, "tokens between two steps [5]")
+flags.DEFINE_integer("cache_window", None, "mix in a cache of so many last tokens and their hidden states")
+flags.DEFINE_float("cache_flatness", None, "factor on the products of hidden states, by which the cache is looked up [0.3]")
+flags.DEFINE_float("cache_share", None, "the cache's share of the probability [0.1]")
+
+
+def variant():
+    """The way of scoring that the flags ask for."""
+    from lm.evaluation.variants import Cache, Dynamic, Variant
+
+    def given(prefix, switch):
+        names = [name for name in FLAGS if name.startswith(prefix)]
+        found = {name.removeprefix(prefix): FLAGS[name].value for name in names if FLAGS[name].value is not None}
+        if found and FLAGS[switch].value is None:
+            raise UserError(f"--{prefix}{next(iter(found))} is set without --{switch}; set that too, or leave it out")
+        return found
+
+    dynamic, cache = given("dynamic_", "dynamic"), given("cache_", "cache_window")
+    return Variant(
+        Dynamic(FLAGS.dynamic, **dynamic) if FLAGS.dynamic else None,
+        Cache(**cache) if cache else None,
+        FLAGS.dropout_samples,
+        FLAGS.temperature,
+    )
 
 
 def main(overrides):
@@ -29,6 +62,7 @@ def main(overrides):
     from lm.runs.open import open_run
 
     backend.start()
+    how = variant()
     run = open_run(FLAGS.workdir, FLAGS.step)
     with command.ProgressBar(1, " tokens") as bar:
 
@@ -36,7 +70,7 @@ def main(overrides):
             bar.total = total
             bar.update(scored)
 
-        result = evaluate_run(run, FLAGS.split, FLAGS.text, FLAGS.data_path, FLAGS.context, FLAGS.stride, progress)
+        result = evaluate_run(run, FLAGS.split, FLAGS.text, FLAGS.data_path, FLAGS.context, FLAGS.stride, progress, how)
     words = f"{result['word_perplexity']:.1f}" if result["words"] else "–"
     print(f"{result['text']}, scored by {FLAGS.workdir} at step {result['checkpoint']['step']} ({run.which})")
     print(
@@ -47,6 +81,9 @@ def main(overrides):
         f"  {result['tokens']:,} tokens, {result['bytes']:,} bytes, {result['words']:,} words; "
         f"{scored_context(result['protocol'])}; {result['protocol']['precision']}; {result['seconds']:.1f} s"
     )
+    for name, settings in {**(result["protocol"]["adaptation"] or {}), **how.protocol}.items():
+        shown = ", ".join(f"{key} {value}" for key, value in settings.items()) if isinstance(settings, dict) else settings
+        print(f"  {name.replace('_', ' ')}: {shown}")
     if "floor" in result:
         floor = result["floor"]
         print(

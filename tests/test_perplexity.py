@@ -8,7 +8,6 @@ import pytest
 from helpers import corpus_of, model_and_params
 from hypothesis import example, given, settings, strategies as st
 
-from lm.evaluation import perplexity
 from lm.evaluation.perplexity import Layout, figures, token_losses
 from lm.evaluation.scorers import NgramScorer, neural_scorer, score_ahead
 from lm.models.ngram import Ngram
@@ -22,8 +21,6 @@ class Recorder:
 
     For a corpus whose tokens are their own places. Its memory is the last target of each row, and how many there were.
     """
-
-    precision = "none"
 
     def start(self, num_rows):
         return np.full(num_rows, -2), np.zeros(num_rows, int)
@@ -111,9 +108,7 @@ def test_windows_score_every_token_once_with_enough_context(num_tokens, context,
 @example(num_tokens=257, rows=1, segment=256)
 @example(num_tokens=3, rows=9, segment=256)
 def test_a_carried_stream_scores_every_token_once(num_tokens, rows, segment):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(perplexity, "_SEGMENT", segment)
-        context_N, told = counted(num_tokens, Layout(None, None, rows))
+    context_N, told = counted(num_tokens, Layout(None, None, rows, segment=segment))
     assert sum(told) == num_tokens
     length = math.ceil(num_tokens / rows)
     np.testing.assert_array_equal(context_N, np.arange(num_tokens) % length)  # with one row: all that stands before
@@ -174,13 +169,12 @@ def direct(model, params, before_B, targets_BT):
 
 
 @pytest.mark.parametrize("architecture, fields", [("lstm", {}), ("transformer", WINDOWED)])
-def test_carried_is_the_whole_text_at_once_in_segments_of_any_length(architecture, fields, monkeypatch):
+def test_carried_is_the_whole_text_at_once_in_segments_of_any_length(architecture, fields):
     model, params, scorer = neural(architecture, **fields)
     expected_N = direct(model, params, np.zeros(1, int), TOKENS[None])[0]
     assert expected_N.std() > 0.3  # the model has opinions
     for segment in (7, 256):
-        monkeypatch.setattr(perplexity, "_SEGMENT", segment)
-        nll_N = token_losses(scorer, corpus_of(TOKENS, VOCAB), Layout())
+        nll_N = token_losses(scorer, corpus_of(TOKENS, VOCAB), Layout(segment=segment))
         assert nll_N.dtype == np.float32
         np.testing.assert_allclose(nll_N, expected_N, rtol=1e-5, atol=1e-5)
 
@@ -210,7 +204,7 @@ def test_more_rows_of_a_carried_stream_start_anew_at_their_seams():
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
-def test_an_ngram_in_segments_is_one_long_look_up(order, monkeypatch):
+def test_an_ngram_in_segments_is_one_long_look_up(order):
     model = Ngram(order, VOCAB)
     tables = model.prepare(model.count(TOKENS, 0))
     text = np.concatenate([np.full(order, -1), [0], TOKENS])  # unknown, the eos context, then the text
@@ -218,8 +212,7 @@ def test_an_ngram_in_segments_is_one_long_look_up(order, monkeypatch):
     expected_N = -model.log_probs(tables, history_NH.reshape(len(TOKENS), order - 1), TOKENS)
     scorer = NgramScorer(model, tables)
     for segment in (1, 4, 256):
-        monkeypatch.setattr(perplexity, "_SEGMENT", segment)
-        nll_N = token_losses(scorer, corpus_of(TOKENS, VOCAB), Layout())
+        nll_N = token_losses(scorer, corpus_of(TOKENS, VOCAB), Layout(segment=segment))
         np.testing.assert_allclose(nll_N, expected_N, rtol=1e-6)
     wide = token_losses(scorer, corpus_of(TOKENS, VOCAB), Layout(20, 20 - order + 1, 3))
     np.testing.assert_allclose(wide, expected_N, rtol=1e-6)  # enough context for this order

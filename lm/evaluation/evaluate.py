@@ -1,5 +1,6 @@
 """Evaluating a finished run: which text, under which protocol, and the files that keep the figure with its protocol."""
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -7,16 +8,20 @@ import os
 import pathlib
 import re
 import time
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lm.config import replaced
 from lm.data import corpus, sources, tokenizers
 from lm.errors import UserError
 from lm.evaluation.perplexity import Layout, figures, token_losses
-from lm.evaluation.scorers import NgramScorer, Scorer, neural_scorer
+from lm.evaluation.scorers import NgramScorer, Scorer, neural_scorer, precision_of
+from lm.evaluation.variants import PLAIN, Variant, cache_scorer, dropout_scorer, dynamic_scorer, gradient_rms
 from lm.files import read_json, write_json
 from lm.models.ngram import Ngram
 from lm.parallel import Placement, place
@@ -35,12 +40,13 @@ def evaluate_run(
     context: int | None = None,
     stride: int | None = None,
     progress: Callable[[int, int], Any] = lambda scored, total: None,
+    variant: Variant = PLAIN,
 ) -> dict[str, Any]:
     """Scores a split, or any text, and writes `evaluation/<name>.json` and `.npz`.
 
     The figure that a run's config asks for is stored under the split's name; another checkpoint than the best, another
-    context or another text under a name that says so. A figure that is already stored for the same checkpoint, text and
-    protocol is returned as it is: test is scored once.
+    context, a variant or another text under a name that says so. A figure that is already stored for the same checkpoint,
+    text and protocol is returned as it is: test is scored once.
 
     Args:
       run: opened at the checkpoint to be scored.
@@ -49,18 +55,20 @@ def evaluate_run(
       data_path: where the corpus stands now, if it has moved.
       context, stride: windows instead of what the config says; stride defaults to context // 4.
       progress: called with the tokens scored since the last call, and the tokens in all.
+      variant: a way of scoring whose settings were chosen on valid: test is refused until valid was scored with them.
 
     Returns:
       What the JSON file holds; `stored` says whether it had been scored before.
 
     Raises:
-      UserError: an unknown split, text that cannot be read, or a context that the model cannot take.
+      UserError: an unknown split, text that cannot be read, or a context or variant that the model cannot take.
     """
     layout, ending = _layout(run, split, context, stride)
+    layout, ending = dataclasses.replace(layout, segment=variant.segment), ending + variant.ending
+    _check_variant(run, variant, layout)
     if run.config.model.architecture == "transformer" and layout.context is None:
         run.model.initial_carry(1)  # raises its sentence before any text is read
-    scorer, layout = _scorer(run, layout)
-    wanted = _protocol(run, split if text is None else _SPLIT_OF_TEXT, layout, scorer)
+    wanted = _protocol(run, split if text is None else _SPLIT_OF_TEXT, layout, variant)
     if text is None and data_path is None:  # then the run knows its text, which need not be there any more
         known = {"text_sha256": run.facts.get("splits", {}).get(split)}
         earlier = _earlier(run, split + ending, {**wanted, **known})
@@ -74,9 +82,19 @@ def evaluate_run(
     if earlier:
         return earlier
     path = run.folder.evaluation / f"{name}.json"
+    if variant != PLAIN and text is None and split == "test" and not path.with_name(f"valid{ending}.json").exists():
+        raise UserError(
+            "test is not for choosing how to score: score valid with the same flags first (--split=valid) and keep what is best"
+        )
+    placement, rms = _placement(run, layout, variant), None
+    layout, total = dataclasses.replace(layout, row_multiple=placement.num_row_parts), len(found.tokens)
+    if variant.dynamic and variant.dynamic.rule == "rms":
+        train = corpus.tokenise(_source(run, "train", None, data_path), run.tokenizer, corpus.cache_dir(run.config.data))
+        total += len(train.tokens)
+        rms = _gradient_rms(run, train, variant.dynamic.segment, lambda seen: progress(seen, total))
 
     started = time.perf_counter()
-    nll_N = token_losses(scorer, found, layout, lambda scored: progress(scored, len(found.tokens)))
+    nll_N = token_losses(_scorer(run, placement, variant, rms), found, layout, lambda scored: progress(scored, total))
     seconds = time.perf_counter() - started
     if not np.isfinite(nll_N).all():
         raise UserError(
@@ -91,7 +109,7 @@ def evaluate_run(
     }
     if source.floor is not None:
         result["floor"] = floor(source, result["nll_sum"], len(nll_N), fresh=split != "train")
-    _write_scores(path.with_suffix(".npz"), np.asarray(found.tokens, np.int32), nll_N)
+    _write_arrays(path.with_name(f"{name}.npz"), {"targets": np.asarray(found.tokens, np.int32), "nll": nll_N})
     write_json(path, result)
     return {**result, "name": name, "stored": False}
 
@@ -196,15 +214,52 @@ def floor(source: sources.Split, nll_sum: float, num_tokens: int, fresh: bool) -
     }
 
 
-def _scorer(run, layout) -> tuple[Scorer, Layout]:
-    if isinstance(run.model, Ngram):
-        return NgramScorer(run.model, run.model.prepare(run.params)), layout
-    # A run of more devices than there are here is scored on those there are: the figure does not depend on them. A carried
-    # stream is one row, for one device; but a mesh may be needed to hold the model.
+def _check_variant(run, variant, layout):
+    """Raises a UserError where the run cannot be scored that way."""
+    if variant != PLAIN and isinstance(run.model, Ngram):
+        raise UserError("an n-gram is scored as it is: dynamic evaluation, caches, dropout and temperature are for neural models")
+    if (variant.dynamic or variant.cache) and layout.context is not None:
+        raise UserError(
+            "--dynamic and --cache_window follow one stream of text, but this run is scored in windows of "
+            f"{layout.context} tokens; they need a model that carries its state, and no --context"
+        )
+    rates = [value for name, value in vars(run.config.model).items() if name.endswith("_rate") and value]
+    if variant.dropout_samples and not rates:
+        raise UserError("--dropout_samples is set, but this run was trained without dropout, so all samples would be the same")
+
+
+def _placement(run, layout, variant):
+    """A run of more devices than there are here is scored on those there are: the figure does not depend on them. A carried
+    stream is one row, for one device; but a mesh may be needed to hold the model."""
     takes_more = layout.context or run.config.parallelism == "sharded"
-    placement = place(run.config, or_fewer=True) if takes_more else Placement(1)
+    takes_more &= not (variant.dynamic or isinstance(run.model, Ngram))
+    return place(run.config, or_fewer=True) if takes_more else Placement(1)
+
+
+def _scorer(run, placement, variant, rms) -> Scorer:
+    if isinstance(run.model, Ngram):
+        return NgramScorer(run.model, run.model.prepare(run.params))
     params = placement.put_state(run.params)
-    return neural_scorer(run.model, placement)(params), dataclasses.replace(layout, row_multiple=placement.num_row_parts)
+    if variant.dynamic:
+        return dynamic_scorer(run.model, variant, params, rms)
+    if variant.cache:
+        return cache_scorer(run.model, placement, variant)(params)
+    if variant.dropout_samples:
+        return dropout_scorer(run.model, placement, variant)(params)
+    return neural_scorer(run.model, placement, variant.temperature)(params)
+
+
+def _gradient_rms(run, train, segment, progress):
+    """Of the run's parameters over train; kept beside its figures, because it takes as long as an epoch of training."""
+    path = run.folder.evaluation / f"gradient_rms.step-{run.step}.segment-{segment}.npz"
+    names = flatten_dict(run.params, sep="/")
+    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile), np.load(path) as kept:
+        if {name: kept[name].shape for name in kept.files} == {name: np.shape(leaf) for name, leaf in names.items()}:
+            progress(len(train.tokens))
+            return unflatten_dict({name: kept[name] for name in kept.files}, sep="/")
+    found = jax.device_get(gradient_rms(run.model, run.params, train, segment, progress))
+    _write_arrays(path, flatten_dict(found, sep="/"))
+    return found
 
 
 def _text(found):
@@ -217,7 +272,7 @@ def _text(found):
     }
 
 
-def _protocol(run, split, layout, scorer):
+def _protocol(run, split, layout, variant):
     """All that a figure depends on beside the text (PROTOCOL: it travels with the number)."""
     return {
         "split": split,
@@ -229,16 +284,17 @@ def _protocol(run, split, layout, scorer):
         "protocol": {
             "context": layout.context,
             "stride": layout.stride,
-            "precision": scorer.precision,
-            "adaptation": None,
+            "precision": precision_of(run.model),
+            "adaptation": variant.adaptation,
+            **variant.protocol,
         },
         "checkpoint": {"step": run.step, "which": run.which},
     }
 
 
-def _write_scores(path, targets, nll):
+def _write_arrays(path, arrays):
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, targets=targets, nll=nll)
+    np.savez_compressed(buffer, **arrays)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")

@@ -11,8 +11,6 @@ from lm.data.batches import Batch
 from lm.data.corpus import Corpus
 from lm.evaluation.scorers import Scorer, score_ahead
 
-_SEGMENT = 256  # tokens a carried stream advances at a time; the figure does not depend on it
-
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -24,12 +22,14 @@ class Layout:
       rows: windows scored together; with carried state, parallel streams (1 for a final figure: more of them start anew at
         their seams).
       row_multiple: rows are filled up to a multiple of this with empty ones, so that devices can share them.
+      segment: tokens that a carried stream advances at a time; the figure does not depend on it.
     """
 
     context: int | None = None
     stride: int | None = None
     rows: int = 1
     row_multiple: int = 1
+    segment: int = 256
 
     @property
     def filled_rows(self) -> int:
@@ -62,7 +62,7 @@ def token_losses(
 def _batches(corpus, layout) -> Iterator[tuple[Batch, np.ndarray]]:
     """Batches, and for each place the index of the token to be noted, -1 where none is."""
     total = len(corpus.tokens)
-    steps = np.arange(min(layout.context or _SEGMENT, total))
+    steps = np.arange(min(layout.context or layout.segment, total))
     rows_B = np.arange(layout.filled_rows)
     if layout.context is None:
         length = math.ceil(total / layout.rows)

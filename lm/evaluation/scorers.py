@@ -18,13 +18,7 @@ _SEGMENTS_AHEAD = 2
 
 
 class Scorer(Protocol):
-    """Scores segments in order; what it remembers of a row is its own affair.
-
-    Attributes:
-      precision: what a stored figure says about its arithmetic.
-    """
-
-    precision: str
+    """Scores segments in order; what it remembers of a row is its own affair."""
 
     def start(self, num_rows: int) -> Any:
         """The memory before the first segment."""
@@ -63,16 +57,21 @@ def score_ahead(scorer: Scorer, memory: Any, segments: Iterable[tuple[Batch, Any
 
 @dataclasses.dataclass(frozen=True)
 class NeuralScorer:
-    """A neural model on its devices; made by `neural_scorer`."""
+    """A neural model on its devices; made by `compiled_scorer`.
+
+    Attributes:
+      params: placed.
+      compiled: (params, memory, batch) -> nll_BT, memory.
+      empty: number of rows -> the memory before the first segment.
+    """
 
     params: Any
-    model: LanguageModel
     placement: Placement
     compiled: Callable
-    precision: str
+    empty: Callable[[int], Any]
 
     def start(self, num_rows):
-        return self.placement.put_rows(jax.device_get(self.model.initial_carry(num_rows)))
+        return self.placement.put_rows(jax.device_get(self.empty(num_rows)))
 
     def score(self, memory, batch):
         return self.compiled(self.params, memory, self.placement.put_rows(batch))
@@ -81,22 +80,46 @@ class NeuralScorer:
         return self.placement.get_rows(nll_BT)
 
 
-def neural_scorer(model: LanguageModel, placement: Placement) -> Callable[[Any], NeuralScorer]:
+def neural_scorer(model: LanguageModel, placement: Placement, temperature: float = 1.0) -> Callable[[Any], NeuralScorer]:
     """Compiles scoring once; returns a function from placed parameters to their scorer.
+
+    Args:
+      temperature: divides the logits.
+    """
+
+    def score(params, memory, batch):
+        log_prob_BT, memory = log_probs(model, params, reset_rows(memory, batch.reset_B), batch, temperature)
+        return -log_prob_BT, memory
+
+    return compiled_scorer(model, placement, score, model.initial_carry)
+
+
+def compiled_scorer(
+    model: LanguageModel, placement: Placement, score: Callable, empty: Callable
+) -> Callable[[Any], NeuralScorer]:
+    """Compiles a way of scoring, (params, memory, batch) -> nll_BT, memory; see `NeuralScorer`.
 
     In float32 the matmuls are computed at the highest precision, also where an accelerator would round their inputs.
     """
-    precision = str(np.dtype(model.embedding.dtype))
+    precision = precision_of(model)
 
-    def score(params, memory, batch):
+    def precisely(params, memory, batch):
         with jax.default_matmul_precision("highest" if precision == "float32" else "default"):
-            memory = reset_rows(memory, batch.reset_B)
-            hidden_BTD, memory = model.apply({"params": params}, batch.inputs_BT, memory, segments_BT=batch.segments_BT)
-            scores = model.apply({"params": params}, hidden_BTD, batch.targets_BT, method="score")
-        return -scores.log_prob_BT, memory
+            return score(params, memory, batch)
 
-    compiled = placement.compile(score, ("rows", "rows"))
-    return lambda params: NeuralScorer(params, model, placement, compiled, precision)
+    compiled = placement.compile(precisely, ("rows", "rows"))
+    return lambda params: NeuralScorer(params, placement, compiled, empty)
+
+
+def precision_of(model: LanguageModel | Ngram) -> str:
+    """What a stored figure says about the arithmetic behind it."""
+    return "float64" if isinstance(model, Ngram) else str(np.dtype(model.embedding.dtype))
+
+
+def log_probs(model: LanguageModel, params, carry, batch: Batch, temperature: float = 1.0, **options) -> tuple[jax.Array, Any]:
+    """Log probabilities [B, T] of a batch's targets, nats, and the carry after it; `options` are a model call's."""
+    hidden_BTD, carry = model.apply({"params": params}, batch.inputs_BT, carry, segments_BT=batch.segments_BT, **options)
+    return model.apply({"params": params}, hidden_BTD, batch.targets_BT, temperature, method="score").log_prob_BT, carry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +128,6 @@ class NgramScorer:
 
     model: Ngram
     tables: Tables
-    precision: str = "float64"
 
     def start(self, num_rows):
         return np.full((num_rows, max(self.model.order - 2, 0)), -1, np.int64)

@@ -79,9 +79,9 @@ class LanguageModel(nn.Module):
         """float32 [B, T, V]."""
         return self.output.logits(hidden_BTD, self.embedding.table)
 
-    def score(self, hidden_BTD: Array, targets_BT: Array) -> TokenScores:
-        """Scores of the targets [B, T]."""
-        return self.output.score(hidden_BTD, targets_BT, self.embedding.table)
+    def score(self, hidden_BTD: Array, targets_BT: Array, temperature: float = 1.0) -> TokenScores:
+        """Scores of the targets [B, T], with logits divided by the temperature."""
+        return self.output.score(hidden_BTD, targets_BT, self.embedding.table, temperature)
 
     def touch_all(self, inputs_BT: Array) -> Array:
         """Runs everything that has parameters; for initialisation."""

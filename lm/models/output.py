@@ -256,9 +256,10 @@ class OutputLayer(nn.Module):
         matrix, bias_V = self._matrix_and_bias(hidden_BTD.shape[-1], table_VD)
         return _logits(hidden_BTD.astype(self.dtype), matrix, bias_V, self.tied)
 
-    def score(self, hidden_BTD: Array, targets_BT: Array, table_VD: Array) -> TokenScores:
-        """Scores of the targets, without ever holding [B, T, V] where that is big."""
-        scores = score_tokens(*self._flat(hidden_BTD, table_VD), targets_BT.reshape(-1), self.tied)
+    def score(self, hidden_BTD: Array, targets_BT: Array, table_VD: Array, temperature: float = 1.0) -> TokenScores:
+        """Scores of the targets, without ever holding [B, T, V] where that is big; the temperature divides the logits."""
+        hidden_ND, matrix, bias_V = self._flat(hidden_BTD, table_VD)
+        scores = score_tokens(hidden_ND / temperature, matrix, bias_V / temperature, targets_BT.reshape(-1), self.tied)
         return jax.tree.map(lambda leaf_N: leaf_N.reshape(targets_BT.shape), scores)
 
     def loss_sums(
