@@ -128,6 +128,70 @@ def lstm(params, x_BTD, carry0, input_gate="free"):
     return _over_time(states[1:], num_rows, U.shape[0]), (cells[-1], states[-1]), backward
 
 
+def mogrifier(params, x_BTD, carry0):
+    """The LSTM above, before each step of which its input and its state gate each other (Melis et al., 2020).
+
+    x <- 2 sig(h Q_1) * x, then h <- 2 sig(x R_2) * h, then x <- 2 sig(h Q_3) * x, and so on for every round.
+
+    Args:
+      params: those of the LSTM; mogrifier_1_kernel Q_1 [H, D], mogrifier_2_kernel R_2 [D, H] and so on, or in place of one of
+        them mogrifier_1_left_kernel and mogrifier_1_right_kernel, whose product it is.
+      x_BTD, carry0: as of the LSTM.
+
+    Returns:
+      As the LSTM.
+    """
+    rounds = sorted({int(name.split("_")[1]) for name in params if name.startswith("mogrifier")})
+    factors = {
+        number: _float64(params, *[n for n in sorted(params) if n.startswith(f"mogrifier_{number}_")]) for number in rounds
+    }
+    matrices = {number: found[0] if len(found) == 1 else found[0] @ found[1] for number, found in factors.items()}
+    x_BTD = _array(x_BTD)
+    length, carry, steps, outputs = x_BTD.shape[1], tuple(map(_array, carry0)), [], []
+    for t in range(length):
+        x_BD, (c_BH, h_BH), gates = x_BTD[:, t], carry, []
+        for number in rounds:
+            gate = expit((h_BH if number % 2 else x_BD) @ matrices[number])
+            gates.append((gate, x_BD, h_BH))
+            if number % 2:
+                x_BD = 2 * gate * x_BD
+            else:
+                h_BH = 2 * gate * h_BH
+        found, carry, backward = lstm(params, x_BD[:, None], (c_BH, h_BH))
+        outputs.append(found[:, 0])
+        steps.append((gates, backward))
+
+    def backward(d_h_BTH, d_last=None):
+        d_params = {name: np.zeros(np.shape(value)) for name, value in params.items()}
+        d_x_BTD = np.zeros_like(x_BTD)
+        d_carry = tuple(map(_array, d_last)) if d_last is not None else (0.0, 0.0)
+        for t in reversed(range(length)):
+            gates, of_lstm = steps[t]
+            found, d_x, d_carry = of_lstm(_array(d_h_BTH)[:, t : t + 1], d_carry)
+            for name, gradient in found.items():
+                d_params[name] += gradient
+            d_x_BD, (d_c_BH, d_h_BH) = d_x[:, 0], d_carry
+            for number, (gate, x_BD, h_BH) in reversed(list(zip(rounds, gates, strict=True))):
+                gated, gating, d_gated = (x_BD, h_BH, d_x_BD) if number % 2 else (h_BH, x_BD, d_h_BH)
+                d_a = 2 * d_gated * gated * gate * (1 - gate)
+                d_gated, d_gating = 2 * gate * d_gated, d_a @ matrices[number].T
+                d_matrix = gating.T @ d_a
+                if number % 2:
+                    d_x_BD, d_h_BH = d_gated, d_h_BH + d_gating
+                else:
+                    d_x_BD, d_h_BH = d_x_BD + d_gating, d_gated
+                if len(factors[number]) == 1:
+                    d_params[f"mogrifier_{number}_kernel"] += d_matrix
+                else:
+                    left, right = factors[number]
+                    d_params[f"mogrifier_{number}_left_kernel"] += d_matrix @ right.T
+                    d_params[f"mogrifier_{number}_right_kernel"] += left.T @ d_matrix
+            d_x_BTD[:, t], d_carry = d_x_BD, (d_c_BH, d_h_BH)
+        return d_params, d_x_BTD, d_carry
+
+    return _over_time(outputs, len(x_BTD), len(params["recurrent_kernel"])), carry, backward
+
+
 def gru(params, x_BTD, h0_BH):
     """Gated recurrent unit (Cho et al., 2014), the form of cuDNN and torch that applies the reset gate after the matmul.
 
@@ -312,6 +376,53 @@ def rms_norm(params, x_BTD):
         return {"scale": (d_y_BTD * normal_BTD).sum(axis=(0, 1))}, d_x_BTD
 
     return normal_BTD * scale_D, backward
+
+
+def looked_up_attention(params, x_BTD, num_heads, window=None, qk_norm=False):
+    """Attention whose keys are looked up by content and by distance (Dai et al., 2019, section 3.3), forward only.
+
+    score(t, s) = ((q_t + u) k_s + (q_t + v) W_r sinusoids(t - s)) / sqrt(K) where distance_kernel is given; else q_t k_s /
+    sqrt(K). With qk_norm each head's q and k are divided by their root mean square and multiplied with a scale (Henry et al.,
+    2020, with the norm of Zhang & Sennrich, 2019).
+
+    Args:
+      params: as of `attention`; distance_kernel W_r [D, D], content_bias u and distance_bias v [H, K]; query_scale and
+        key_scale [K].
+
+    Returns:
+      y_BTD, the weights [B, H, T (query), T (key)].
+    """
+    params = {name: _array(value) for name, value in params.items()}
+    x_BTD = _array(x_BTD)
+    num_rows, length, width = x_BTD.shape
+    by_head = num_rows, length, num_heads, width // num_heads
+
+    def projected(name):
+        return (x_BTD @ params[f"{name}_kernel"] + params[f"{name}_bias"]).reshape(by_head)
+
+    q, k, v = projected("query"), projected("key"), projected("value")
+    if qk_norm:
+        q, k = (
+            z / np.sqrt(np.mean(z**2, axis=-1, keepdims=True) + NORM_EPSILON) * params[scale]
+            for z, scale in ((q, "query_scale"), (k, "key_scale"))
+        )
+    weights, mixed = np.zeros((num_rows, num_heads, length, length)), np.zeros(by_head)
+    frequencies = 10_000.0 ** (-np.arange(0, width, 2) / width)
+    for row, head, t in np.ndindex(num_rows, num_heads, length):
+        seen = range(0 if window is None else max(0, t - window + 1), t + 1)
+        scores = []
+        for s in seen:
+            if "distance_kernel" in params:
+                sinusoids = np.concatenate([np.sin((t - s) * frequencies), np.cos((t - s) * frequencies)])
+                r = (sinusoids @ params["distance_kernel"]).reshape(num_heads, -1)[head]
+                by_content = (q[row, t, head] + params["content_bias"][head]) @ k[row, s, head]
+                scores.append(by_content + (q[row, t, head] + params["distance_bias"][head]) @ r)
+            else:
+                scores.append(q[row, t, head] @ k[row, s, head])
+        exponentials = np.exp((np.array(scores) - max(scores)) / np.sqrt(by_head[-1]))
+        weights[row, head, t, list(seen)] = exponentials / exponentials.sum()
+        mixed[row, t, head] = weights[row, head, t, list(seen)] @ v[row, list(seen), head]
+    return mixed.reshape(x_BTD.shape) @ params["out_kernel"] + params["out_bias"], weights
 
 
 def feed_forward(params, x_BTD, activation):

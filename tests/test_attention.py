@@ -53,6 +53,64 @@ def test_attention_and_gradients_equal_numpy(rng, window, rotary):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradients, (nested(d_flat), d_x))
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("kind", ["relative", "normed", "both"])
+def test_relative_positions_and_normed_queries_equal_numpy(rng, window, kind):
+    """The gradient by central differences of the reference along a random direction."""
+    flat = {f"{name}_kernel": rng.normal(0, 0.5, (D, D)) for name in NAMES.values()}
+    flat |= {f"{name}_bias": rng.normal(0, 0.5, D) for name in NAMES.values()}
+    if kind != "normed":
+        flat |= {"distance_kernel": rng.normal(0, 0.5, (D, D))}
+        flat |= {name: rng.normal(0, 0.5, (HEADS, D // HEADS)) for name in ("content_bias", "distance_bias")}
+    if kind != "relative":
+        flat |= {name: rng.normal(1, 0.3, D // HEADS) for name in ("query_scale", "key_scale")}
+    attention = Attention(
+        D, HEADS, False, ZEROS, ZEROS, relative=kind != "normed", norm=None if kind == "relative" else "rms_norm"
+    )
+
+    def ours(flat):
+        found = nested(flat)
+        if kind != "normed":
+            found |= {"distance": {"kernel": flat["distance_kernel"]}}
+            found |= {name: flat[name] for name in ("content_bias", "distance_bias")}
+        if kind != "relative":
+            found |= {f"{name}_norm": {"scale": flat[f"{name}_scale"]} for name in ("query", "key")}
+        return found
+
+    x, cotangent = (rng.normal(size=(B, T, D)) for _ in range(2))
+
+    def theirs(flat, x):
+        return references.looked_up_attention(flat, x, HEADS, window, kind != "relative")
+
+    @jax.jit
+    def run(flat, x):
+        def forward(flat, x):
+            where, _ = places((B, T), None, None, window, with_distances=True)
+            (mixed, _), sown = attention.apply({"params": ours(flat)}, x, where, mutable=["intermediates"])
+            return mixed, sown["intermediates"]["attention_weights"]
+
+        mixed, backward, (weights,) = jax.vjp(forward, flat, x, has_aux=True)
+        return mixed, weights, backward(jnp.float32(cotangent))
+
+    arguments = jax.tree.map(jnp.float32, (flat, x))
+    mixed, weights, gradient = run(*arguments)
+    want, want_weights = theirs(flat, x)
+    np.testing.assert_allclose(weights, want_weights, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(mixed, want, rtol=1e-4, atol=1e-5)
+    for leaf in [*flat, "x"]:  # a direction for each array, so that none hides behind another
+
+        def along(size, leaf=leaf):
+            rng = np.random.default_rng(5)
+            moved = {name: value + size * rng.normal(size=value.shape) * (name == leaf) for name, value in flat.items()}
+            return np.sum(theirs(moved, x + size * np.random.default_rng(6).normal(size=x.shape) * (leaf == "x"))[0] * cotangent)
+
+        rng = np.random.default_rng(5)
+        directions = {name: rng.normal(size=value.shape) * (name == leaf) for name, value in flat.items()}
+        slope = sum(np.sum(directions[name] * gradient[0][name]) for name in flat)
+        slope += np.sum(np.random.default_rng(6).normal(size=x.shape) * gradient[1]) * (leaf == "x")
+        assert slope == pytest.approx((along(1e-5) - along(-1e-5)) / 2e-5, rel=1e-4, abs=2e-4), leaf
+
+
 @pytest.mark.parametrize("window", [None, 1, 3, 8])
 @pytest.mark.parametrize(("queries", "scores"), [(256, 1 << 22), (2, 1 << 22), (2, 2 * 9 * 4), (1, 1)])
 def test_attention_in_blocks_of_queries_and_some_heads_at_a_time_is_attention(rng, window, queries, scores, monkeypatch):

@@ -31,13 +31,29 @@ def count_by_hand(config, vocab_size):
             total += width if model.architecture == "gru" else 0  # the candidate's second bias
             before = width
         total += before * model.embed_dim if model.project_output else 0
+        if model.mogrifier_rounds:
+            total += sum(_mogrifier_by_hand(model, index) for index in range(len(widths)))
     else:
         D, F, before = model.hidden_dim, model.mlp_dim, model.hidden_dim
         norm = {"layer_norm": 2 * D, "rms_norm": D}[model.norm]
         feed_forward = 3 * D * F if model.activation == "swiglu" else 2 * D * F + F + D
-        total = vocab_size * D + model.num_layers * (4 * (D * D + D) + feed_forward + 2 * norm) + norm
+        attention = 4 * (D * D + D) + (D * D + 2 * D if model.positions == "relative" else 0)
+        attention += 2 * norm // model.num_heads if model.qk_norm else 0
+        total = vocab_size * D + model.num_layers * (attention + feed_forward + 2 * norm) + norm
         total += model.max_positions * D if model.positions == "learned" else 0
+    if model.num_softmaxes > 1:
+        width = model.embed_dim or before
+        total += before * model.num_softmaxes * (width + 1) + model.num_softmaxes * width
+        before = width
     return total + vocab_size + (0 if model.tie_embeddings else before * vocab_size)
+
+
+def _mogrifier_by_hand(model, index):
+    widths = model.layer_dims or (model.hidden_dim,) * model.num_layers
+    before = widths[index - 1] if index else model.embed_dim or widths[-1]
+    if model.mogrifier_rank is None:
+        return model.mogrifier_rounds * before * widths[index]
+    return model.mogrifier_rounds * model.mogrifier_rank * (before + widths[index])
 
 
 @pytest.mark.parametrize(
@@ -49,6 +65,11 @@ def count_by_hand(config, vocab_size):
         ("lstm", {}),
         ("lstm", {"model__input_gate": "coupled", "model__project_output": True, "model__embed_dim": 5}),
         ("lstm", {"model__num_layers": None, "model__layer_dims": (9, 6), "model__embed_dim": 5, "model__tie_embeddings": False}),
+        ("lstm", {"model__mogrifier_rounds": 3, "model__layer_dims": (9, 6)}),
+        ("lstm", {"model__mogrifier_rounds": 5, "model__mogrifier_rank": 2, "model__embed_dim": 3, "model__num_softmaxes": 4}),
+        ("rnn", {"model__num_softmaxes": 2, "model__tie_embeddings": False}),
+        ("transformer", {"model__num_softmaxes": 3}),
+        ("transformer", {"model__positions": "relative", "model__qk_norm": True, "model__num_heads": 2}),
         ("transformer", {}),
         ("transformer", {"model__activation": "swiglu", "model__norm": "rms_norm", "model__tie_embeddings": False}),
         ("transformer", {"model__positions": "learned", "model__max_positions": 13, "model__mlp_dim": 7, "model__num_layers": 3}),
@@ -226,6 +247,10 @@ OTHER_VALUES = {
     "init_scale": 0.2,
     "forget_bias": 2.0,
     "input_gate": "capped",
+    "num_softmaxes": 2,
+    "qk_norm": True,
+    "mogrifier_rounds": 3,
+    "mogrifier_rank": 2,
     "scan_layers": True,
     "remat": "full",
 }
@@ -233,6 +258,7 @@ OTHER_VALUES = {
 BESIDE = {
     "embed_dim": {"model__tie_embeddings": False},
     "project_output": {"model__embed_dim": 8},
+    "mogrifier_rank": {"model__mogrifier_rounds": 2},
     "max_positions": {"model__positions": "learned"},
     "variational_dropout": {"model__dropout_rate": 0.3},
 }

@@ -19,6 +19,12 @@ CELLS = {  # name, activation and input gate; gates; arrays of the carry
     "coupled": (("lstm", None, "coupled"), 3, 2),
     "capped": (("lstm", None, "capped"), 4, 2),
     "gru": (("gru", None, None), 3, 1),
+    "mogrifier": (("lstm", None, None), 4, 2),
+    "low-rank mogrifier": (("lstm", None, None), 4, 2),
+}
+MOGRIFIERS = {
+    "mogrifier": {"mogrifier_rounds": 3},
+    "low-rank mogrifier": {"mogrifier_rounds": 4, "mogrifier_rank": 2},
 }
 B, T, D, H = 3, 7, 4, 5
 ZEROS = nn.initializers.zeros  # parameters are always given
@@ -44,6 +50,14 @@ def random_params(rng, kind, width_in=D, width=H):
     }
     if kind == "gru":
         shapes["recurrent_bias"] = (width,)
+    fields = MOGRIFIERS.get(kind, {})
+    for number in range(1, fields.get("mogrifier_rounds", 0) + 1):
+        ends, rank = ((width, width_in) if number % 2 else (width_in, width)), fields.get("mogrifier_rank")
+        if rank is None:
+            shapes[f"mogrifier_{number}_kernel"] = ends
+        else:
+            shapes[f"mogrifier_{number}_left_kernel"] = ends[0], rank
+            shapes[f"mogrifier_{number}_right_kernel"] = rank, ends[1]
     return {name: rng.normal(0, scale, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -54,6 +68,8 @@ def random_state(rng, kind, rows=B, width=H):
 def reference(kind, params, x_BTD, state):
     """The NumPy layer behind one signature: hidden, state (a tuple), backward(d_hidden, d_state) -> d_params, d_x, d_state."""
     (name, activation, input_gate), _, _ = CELLS[kind]
+    if kind in MOGRIFIERS:
+        return references.mogrifier(params, x_BTD, state)
     if name == "lstm":
         return references.lstm(params, x_BTD, state, input_gate)
     if kind == "gru":
@@ -72,7 +88,7 @@ def reference(kind, params, x_BTD, state):
 def compiled_layer(kind):
     """(params, x, state, valid, starts, d_hidden, d_state) -> (hidden, state), (d_params, d_x, d_state); time first."""
     name, *variant = CELLS[kind][0]
-    layer = RecurrentLayer(name, H, ZEROS, ZEROS, *variant)
+    layer = RecurrentLayer(name, H, ZEROS, ZEROS, *variant, **MOGRIFIERS.get(kind, {}))
 
     @jax.jit
     def run(params, x_TBD, state, valid_TB, starts_TB, d_hidden, d_state):
@@ -154,7 +170,16 @@ def test_hand_made_gradient_equals_the_scans_own(rng, kind, is_scaled):
     arguments = (gates, params["recurrent_kernel"], bias, random_state(rng, kind))
 
     def by_scan(gates, kernel, bias, state):
-        return recurrent._scan(cell, gates, None, kernel, bias, state, scale, valid, starts)
+        def step(state, at_t):
+            gates_BG, valid_B, starts_B = at_t
+            state = jax.tree.map(lambda s: jnp.where(starts_B[:, None], 0, s), state)
+            from_state = (state[-1] if scale is None else state[-1] * scale) @ kernel + bias
+            new = cell.step(gates_BG, from_state, state)
+            new = jax.tree.map(lambda n, s: jnp.where(valid_B[:, None], n, s), new, state)
+            return new, new[-1]
+
+        state, hidden_TBH = jax.lax.scan(step, state, (gates, valid, starts))
+        return hidden_TBH, state
 
     def by_hand(*arguments):
         return recurrent.recur(cell, *arguments, scale, valid, starts)
@@ -177,7 +202,7 @@ def test_stack_and_gradients_equal_torch(rng, kind):
     theirs = getattr(torch.nn, name.upper())(D, H, num_layers=2, batch_first=True, dtype=torch.float64, **options)
     with torch.no_grad():
         for parameter in theirs.parameters():
-            parameter.copy_(torch.from_numpy(rng.normal(0, 0.4, tuple(parameter.shape))))
+            parameter.copy_(torch.from_numpy(rng.normal(0, 0.4, tuple(parameter.shape)).astype(np.float32)))  # as ours start
 
     def ours_of(array, i):
         """Torch's layer i, parameters or gradients, under our names; `bias_ih` and `bias_hh` stay apart."""
@@ -249,7 +274,7 @@ WIDTHS = (6, 4, 5)  # all different, and different from D
 def stack_of(kind):
     """A stack with a width for each layer, its parameters, and its forward pass compiled per shape of tokens."""
     name, *variant = CELLS[kind][0]
-    stack = RecurrentStack(name, WIDTHS, ZEROS, ZEROS, *variant)
+    stack = RecurrentStack(name, WIDTHS, ZEROS, ZEROS, *variant, **MOGRIFIERS.get(kind, {}))
     rng = np.random.default_rng(3)
     params = {
         f"layer_{i}": random_params(rng, kind, before, width)
@@ -263,7 +288,7 @@ def random_carry(rng, kind, rows=B):
     return {f"layer_{i}": random_state(rng, kind, rows, width) for i, width in enumerate(WIDTHS)}
 
 
-STACKS = ["relu", "lstm", "gru"]
+STACKS = ["relu", "lstm", "gru", "low-rank mogrifier"]
 
 
 @pytest.mark.parametrize("kind", STACKS)

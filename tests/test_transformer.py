@@ -144,6 +144,8 @@ KINDS = {
     "rotary, window shorter than a segment": dict(attention_window=2),
     "sinusoidal, all of the text": dict(positions="sinusoidal"),
     "learned, window": dict(positions="learned", max_positions=T, attention_window=7),
+    "relative, ring of 5": dict(positions="relative", attention_window=5),
+    "relative, all of the text, normed": dict(positions="relative", normed_queries=True, norm="rms_norm"),
 }
 # What one matmul adds in one order, several add in another, at values of order one through two layers: hence 1e-5.
 SAME = dict(rtol=0, atol=1e-5)

@@ -236,6 +236,10 @@ class _Sizes:
             raise UserError("a plan takes neither config.model.remat=matmuls nor micro-batches; it takes none and full")
         for name, is_set in (
             ("model.project_output", config.model.project_output),
+            ("model.positions=relative", config.model.positions == "relative"),
+            ("model.qk_norm", config.model.qk_norm),
+            ("model.num_softmaxes", config.model.num_softmaxes > 1),
+            ("model.mogrifier_rounds", config.model.mogrifier_rounds),
             ("data.seq_len_std", config.data.seq_len_std is not None),
         ):
             if is_set:

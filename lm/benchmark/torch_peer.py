@@ -62,6 +62,10 @@ def check(draft: Config, config: Config, mode: str) -> None:
     extras = {
         "config.model.input_gate": model.input_gate not in (None, "free"),
         "config.model.project_output": model.project_output,
+        "config.model.positions": model.positions == "relative",
+        "config.model.qk_norm": model.qk_norm,
+        "config.model.num_softmaxes": model.num_softmaxes > 1,
+        "config.model.mogrifier_rounds": model.mogrifier_rounds,
         "config.optimizer.decayed": mode == "train" and settings.decayed == "all" and settings.weight_decay,
         "config.training.averaging": mode == "train" and training.averaging,
         "config.training.activation_penalty": mode == "train" and training.activation_penalty,

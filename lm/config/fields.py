@@ -26,6 +26,12 @@ class ModelConfig(Section):
     project_output: bool | None = setting(
         None, "whether a matrix leads from the last layer to a tied embedding of another width, embed_dim", only=RECURRENT
     )
+    num_softmaxes: int | None = setting(
+        None,
+        "softmaxes that are mixed, each over a projection of the last layer to the embedding's width",
+        at_least=1,
+        only=NEURAL,
+    )
     activation: str | None = setting(
         None,
         "non-linearity of the RNN's state or of the Transformer's feed-forward layer (gelu is the exact one)",
@@ -35,7 +41,7 @@ class ModelConfig(Section):
     num_heads: int | None = setting(None, "attention heads; they divide hidden_dim", at_least=1, only=("transformer",))
     mlp_dim: int | None = setting(None, "width of the feed-forward layer", at_least=1, only=("transformer",))
     positions: str | None = setting(
-        None, "how positions are told apart", choices=("learned", "sinusoidal", "rotary"), only=("transformer",)
+        None, "how positions are told apart", choices=("learned", "sinusoidal", "rotary", "relative"), only=("transformer",)
     )
     max_positions: int | None = setting(
         None, "rows of the table of learned positions, in tokens", at_least=1, only=("transformer",)
@@ -44,6 +50,9 @@ class ModelConfig(Section):
         None, "positions a token may see, itself included; None: all of its text", at_least=1, only=("transformer",)
     )
     norm: str | None = setting(None, "normalisation", choices=("layer_norm", "rms_norm"), only=("transformer",))
+    qk_norm: bool | None = setting(
+        None, "whether each head's queries and keys are normalised before they meet", only=("transformer",)
+    )
     dropout_rate: float | None = setting(
         None, "share dropped between recurrent layers, or on a Transformer's residual branches", at_least=0, below=1, only=NEURAL
     )
@@ -85,6 +94,10 @@ class ModelConfig(Section):
         choices=("free", "coupled", "capped"),
         only=("lstm",),
     )
+    mogrifier_rounds: int | None = setting(
+        None, "how often input and hidden state gate each other before a step; 0: never", at_least=0, only=("lstm",)
+    )
+    mogrifier_rank: int | None = setting(None, "rank of the matrices of those gates; None: full", at_least=1, only=("lstm",))
     scan_layers: bool | None = setting(
         None, "run all layers by one compiled loop; by default where remat is on", only=("transformer",), resumable=True
     )

@@ -13,6 +13,7 @@ _RECURRENT_DEFAULTS = dict(
     num_layers=2,
     tie_embeddings=True,
     project_output=False,
+    num_softmaxes=1,
     dropout_rate=0.0,
     word_dropout_rate=0.0,
     weight_drop_rate=0.0,
@@ -26,14 +27,16 @@ _RECURRENT_DEFAULTS = dict(
 _MODEL_DEFAULTS = {
     "rnn": {**_RECURRENT_DEFAULTS, "activation": "tanh"},
     "gru": _RECURRENT_DEFAULTS,
-    "lstm": {**_RECURRENT_DEFAULTS, "forget_bias": 1.0, "input_gate": "free"},
+    "lstm": {**_RECURRENT_DEFAULTS, "forget_bias": 1.0, "input_gate": "free", "mogrifier_rounds": 0},
     "transformer": dict(
         num_layers=4,
         tie_embeddings=True,
+        num_softmaxes=1,
         activation="gelu",
         num_heads=4,
         positions="rotary",
         norm="layer_norm",
+        qk_norm=False,
         remat="none",
         dropout_rate=0.0,
         word_dropout_rate=0.0,
@@ -127,13 +130,19 @@ def _resolve_model(model):
         applies = model.architecture in type(model).__dataclass_fields__[name].metadata["only"]
         if applies and getattr(model, name) is None:
             setattr(model, name, model.dropout_rate)
+    if model.mogrifier_rank is not None and not model.mogrifier_rounds:
+        raise UserError("config.model.mogrifier_rank is set, but config.model.mogrifier_rounds is 0; set that too, or neither")
     last = model.layer_dims[-1] if model.layer_dims else model.hidden_dim
     if model.project_output and not (model.tie_embeddings and model.embed_dim):
         raise UserError(
             "config.model.project_output leads to a tied embedding of a width of its own; set config.model.tie_embeddings=True "
             "and config.model.embed_dim"
         )
-    if model.tie_embeddings and not model.project_output:
+    if model.project_output and model.num_softmaxes > 1:
+        raise UserError(
+            "config.model.project_output is set, but a mixture of softmaxes projects to its width anyway; leave it open"
+        )
+    if model.tie_embeddings and not model.project_output and model.num_softmaxes == 1:
         if None not in (model.embed_dim, last) and model.embed_dim != last:
             raise UserError(
                 f"config.model.tie_embeddings needs an embedding as wide as the last layer, but config.model.embed_dim is "
@@ -162,8 +171,10 @@ def _resolve_transformer(model):
             f"config.model.positions is 'rotary', which needs an even width per head, but hidden_dim / num_heads is "
             f"{model.hidden_dim // model.num_heads}"
         )
-    if model.positions == "sinusoidal" and model.hidden_dim and model.hidden_dim % 2:
-        raise UserError(f"config.model.positions is 'sinusoidal', which needs an even hidden_dim, but it is {model.hidden_dim}")
+    if model.positions in ("sinusoidal", "relative") and model.hidden_dim and model.hidden_dim % 2:
+        raise UserError(
+            f"config.model.positions is {model.positions!r}, which needs an even hidden_dim, but it is {model.hidden_dim}"
+        )
     if model.positions != "learned" and model.max_positions is not None:
         raise UserError("config.model.max_positions is set, but only positions='learned' has a table")
     if model.positions == "learned" and model.max_positions is None:
@@ -244,6 +255,10 @@ def _resolve_mixture(data):
 
 def _resolve_rest(config):
     optimizer, training, evaluation, model = config.optimizer, config.training, config.evaluation, config.model
+    if training.label_smoothing and (model.num_softmaxes or 1) > 1:
+        raise UserError(
+            f"config.training.label_smoothing is {training.label_smoothing}, which no mixture of softmaxes takes; set it to 0"
+        )
     _resolve_devices(config)
     if config.data.mixture and model.architecture == "ngram":
         raise UserError("config.data.mixture is set, but an n-gram counts one text; set it to None")

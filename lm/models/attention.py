@@ -1,5 +1,6 @@
 """Scaled dot-product attention over heads, its masks, and the key/value cache that it carries from segment to segment."""
 
+import functools
 import math
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn, struct
 
-from lm.models.layers import Dropout, Initializer, rotate, segment_runs
+from lm.models.layers import Dropout, Initializer, norm, rotate, segment_runs, sinusoidal
 from lm.partition import HEADS, ROWS, locally
 
 Array = jax.Array
@@ -28,12 +29,14 @@ class Places:
         None: a token sees itself and all before it, the last `window` positions at most.
       window: see `places`.
       slots_BT: int32 slot of the cache that a token is written to, or the number of slots where it is not; None: no cache.
+      distances_BTS: int32, how far behind a token each key stands, where it sees it; None: nobody asked.
     """
 
     positions_BT: Array
     visible_BTS: Array | None
     window: int | None = struct.field(pytree_node=False)
     slots_BT: Array | None = None
+    distances_BTS: Array | None = None
 
 
 @struct.dataclass
@@ -55,7 +58,7 @@ def empty_slots(batch_size: int, num_slots: int) -> Slots:
 
 
 def places(
-    shape: tuple[int, int], segments_BT: Array | None, slots: Slots | None, window: int | None
+    shape: tuple[int, int], segments_BT: Array | None, slots: Slots | None, window: int | None, with_distances: bool = False
 ) -> tuple[Places, Slots | None]:
     """Positions, masks and places in the cache for a segment of tokens.
 
@@ -68,12 +71,13 @@ def places(
       segments_BT: int32, 0 for padding; None: all valid.
       slots: of the cache; None: nothing is carried.
       window: positions that a token may see, itself included; None: all.
+      with_distances: whether the places tell `visible_BTS` and `distances_BTS` in any case.
 
     Returns:
       The places, and the slots after the segment.
     """
     batch_size, length = shape
-    if segments_BT is None and slots is None:
+    if segments_BT is None and slots is None and not with_distances:
         return Places(jnp.arange(length, dtype=jnp.int32)[None], None, window), None
     if segments_BT is None:
         valid_BT, runs_BT = jnp.ones((1, length), bool), jnp.zeros((1, length), jnp.int32)
@@ -90,16 +94,19 @@ def places(
         seen = key_valid[:, None, :] & (key_runs[:, None, :] == runs_BT[:, :, None])
         distance = positions_BT[:, :, None] - key_positions[:, None, :]
         seen &= distance >= 0
-        return seen if window is None else seen & (distance < window)
+        return seen if window is None else seen & (distance < window), distance
 
-    visible_BTS = visible(positions_BT, runs_BT, valid_BT)
+    visible_BTS, distances_BTS = visible(positions_BT, runs_BT, valid_BT)
     if slots is None:
-        return Places(positions_BT, visible_BTS, window), None
+        return Places(positions_BT, visible_BTS, window, None, distances_BTS if with_distances else None), None
 
     num_slots = slots.ordinal_BS.shape[1]
     positions_BT, runs_BT, valid_BT = (jnp.broadcast_to(x, shape) for x in (positions_BT, runs_BT, valid_BT))
     cached = visible(slots.ordinal_BS - 1, jnp.zeros_like(slots.ordinal_BS), slots.ordinal_BS > 0)
-    visible_BTS = jnp.concatenate([cached, jnp.broadcast_to(visible_BTS, (batch_size, length, length))], axis=2)
+    visible_BTS, distances_BTS = (
+        jnp.concatenate([of_cache, jnp.broadcast_to(own, (batch_size, length, length))], axis=2)
+        for of_cache, own in zip(cached, (visible_BTS, distances_BTS), strict=True)
+    )
 
     last_run_B1 = runs_BT[:, -1:]
     kept_BT = valid_BT & (runs_BT == last_run_B1)
@@ -108,7 +115,8 @@ def places(
     kept_BT &= positions_BT >= next_B[:, None] - num_slots
     slots_BT = jnp.where(kept_BT, positions_BT % num_slots, num_slots)
     ordinal_BS = put(jnp.where(last_run_B1 > 0, 0, slots.ordinal_BS), slots_BT, positions_BT + 1)
-    return Places(positions_BT, visible_BTS, window, slots_BT), Slots(ordinal_BS, next_B)
+    distances_BTS = distances_BTS if with_distances else None
+    return Places(positions_BT, visible_BTS, window, slots_BT, distances_BTS), Slots(ordinal_BS, next_B)
 
 
 def put(cache_BS: Array, slots_BT: Array, values_BT: Array) -> Array:
@@ -117,8 +125,8 @@ def put(cache_BS: Array, slots_BT: Array, values_BT: Array) -> Array:
     return cache_BS.at[rows_B1, slots_BT].set(values_BT.astype(cache_BS.dtype), mode="drop")
 
 
-def attend(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible_BTS: Array, dropout=lambda weights: weights):
-    """softmax(q k / sqrt(K)) v (Vaswani et al. 2017, arXiv:1706.03762), the softmax in float32.
+def attend(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible_BTS: Array, dropout=lambda weights: weights, shift_BHTS=0.0):
+    """softmax(q k / sqrt(K) + shift) v (Vaswani et al. 2017, arXiv:1706.03762), the softmax in float32.
 
     A token that sees nothing (padding) gets the mean of all values; nothing that counts depends on it.
 
@@ -128,7 +136,7 @@ def attend(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible_BTS: Array, drop
     # Heads before time makes both products plain batched matmuls, which XLA's CPU backend runs nearly twice as fast.
     q_BHTK, k_BHSK, v_BHSK = (x.swapaxes(1, 2) for x in (q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BSHK, v_BSHK))
     scores_BHTS = jnp.matmul(q_BHTK, k_BHSK.swapaxes(2, 3), preferred_element_type=jnp.float32)
-    scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min)
+    scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS + shift_BHTS, jnp.finfo(jnp.float32).min)
     weights_BHTS = jax.nn.softmax(scores_BHTS)
     mixed_BHTK = jnp.matmul(dropout(weights_BHTS).astype(v_BHSK.dtype), v_BHSK)
     return mixed_BHTK.swapaxes(1, 2), weights_BHTS
@@ -191,6 +199,9 @@ class Attention(nn.Module):
     Attributes:
       model_dim, num_heads: D and H; heads are D / H wide.
       rotary: whether queries and keys are rotated by position (keys are cached rotated).
+      relative: whether keys are looked up by their distance too (Dai et al. 2019, arXiv:1901.02860, section 3.3): the score is
+        (q + u) k + (q + v) r, where u and v are biases of each head and r is a projection of the distance's sinusoids.
+      norm: of queries and keys, each head for itself, before they are rotated (Henry et al. 2020, arXiv:2010.04245); None.
       dropout_rate: on the attention weights, every row and head with masks of its own.
     """
 
@@ -200,11 +211,13 @@ class Attention(nn.Module):
     kernel_init: Initializer
     out_init: Initializer
     dropout_rate: float = 0.0
+    relative: bool = False
+    norm: str | None = None
     dtype: Any = jnp.float32
 
     def setup(self):
-        def dense(init):
-            return nn.Dense(self.model_dim, kernel_init=init, dtype=self.dtype)
+        def dense(init, use_bias=True):
+            return nn.Dense(self.model_dim, use_bias=use_bias, kernel_init=init, dtype=self.dtype)
 
         self.query, self.key, self.value, self.outward = (
             dense(self.kernel_init),
@@ -213,6 +226,26 @@ class Attention(nn.Module):
             dense(self.out_init),
         )
         self.dropout = Dropout(self.dropout_rate)
+        if self.relative:
+            shape = self.num_heads, self.model_dim // self.num_heads
+            self.content_bias, self.distance_bias = (
+                self.param(name, nn.initializers.zeros, shape) for name in ("content_bias", "distance_bias")
+            )
+            self.distance = dense(self.kernel_init, use_bias=False)
+        if self.norm is not None:
+            self.query_norm, self.key_norm = norm(self.norm, self.dtype), norm(self.norm, self.dtype)
+
+    def _by_distance(self, q_BTHK, where, num_keys):
+        """What a key's distance adds to its scores, [B, H, T, S]."""
+        length = num_keys if where.window is None else min(num_keys, where.window)
+        shape = length, self.num_heads, q_BTHK.shape[-1]
+        sinusoids_SD = sinusoidal(jnp.arange(length)[None], self.model_dim)[0].astype(self.dtype)
+        query_BTHK = (q_BTHK + self.distance_bias.astype(self.dtype)) * q_BTHK.shape[-1] ** -0.5
+        by_distance_BHTS = jnp.einsum(
+            "bthk,shk->bhts", query_BTHK, self.distance(sinusoids_SD).reshape(shape), preferred_element_type=jnp.float32
+        )
+        index_BTS = jnp.clip(where.distances_BTS, 0, length - 1)
+        return jnp.take_along_axis(by_distance_BHTS, index_BTS[:, None], axis=-1)
 
     def __call__(self, x_BTD, where: Places, cache=None, *, rows_B=None, train=False):
         """Attends from every token to what it may see; sows `attention_weights` [B, H, T, S] to `intermediates`.
@@ -227,6 +260,8 @@ class Attention(nn.Module):
         heads = (*x_BTD.shape[:2], self.num_heads, self.model_dim // self.num_heads)
         x_ND = x_BTD.reshape(-1, self.model_dim)  # as in FeedForward
         q, k, v = (project(x_ND).reshape(heads) for project in (self.query, self.key, self.value))
+        if self.norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary:
             q, k = rotate(q, where.positions_BT), rotate(k, where.positions_BT)
         keys, values, after = k, v, None
@@ -241,6 +276,10 @@ class Attention(nn.Module):
             visible_BTS = where.visible_BTS
             if visible_BTS is None:
                 visible_BTS = causal(0, x_BTD.shape[1], 0, x_BTD.shape[1], where.window)
-            mixed, weights = attend(q, keys, values, visible_BTS, lambda weights: self.dropout(weights, rows_B, train))
+            query, shift = q, 0.0
+            if self.relative:
+                query, shift = q + self.content_bias.astype(self.dtype), self._by_distance(q, where, keys.shape[1])
+            drop = functools.partial(self.dropout, rows_B=rows_B, train=train)
+            mixed, weights = attend(query, keys, values, visible_BTS, drop, shift)
             self.sow("intermediates", "attention_weights", weights)
         return self.outward(mixed.reshape(x_ND.shape)).reshape(x_BTD.shape), after

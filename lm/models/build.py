@@ -10,6 +10,7 @@ from lm.config import RECURRENT, Config, default_mlp_dim, replaced
 from lm.errors import UserError
 from lm.models.language_model import LanguageModel
 from lm.models.layers import Embedding, initializer
+from lm.models.mixture import MixtureOutput
 from lm.models.ngram import Ngram
 from lm.models.output import OutputLayer
 from lm.models.recurrent import RecurrentStack
@@ -29,10 +30,16 @@ def build(config: Config, vocab_size: int) -> LanguageModel | Ngram:
     dtype = jnp.dtype(config.compute_dtype)
     embedding_init = initializer(model.embedding_init, model.init_scale)
     stack, embed_dim, multiplier = (_recurrent if model.architecture in RECURRENT else _transformer)(model, dtype)
+    output = OutputLayer(vocab_size, model.tie_embeddings, embedding_init, dtype)
+    if (model.num_softmaxes or 1) > 1:  # a run of before there were mixtures has None
+        latent_init = initializer(model.kernel_init, model.init_scale)
+        output = MixtureOutput(
+            vocab_size, model.tie_embeddings, model.num_softmaxes, embed_dim, embedding_init, latent_init, dtype
+        )
     return LanguageModel(
         embedding=Embedding(vocab_size, embed_dim, embedding_init, model.word_dropout_rate, multiplier, dtype),
         stack=stack,
-        output=OutputLayer(vocab_size, model.tie_embeddings, embedding_init, dtype),
+        output=output,
     )
 
 
@@ -50,6 +57,8 @@ def _recurrent(model, dtype):
         output_dropout_rate=model.output_dropout_rate,
         weight_drop_rate=model.weight_drop_rate,
         state_dropout_rate=model.state_dropout_rate,
+        mogrifier_rounds=model.mogrifier_rounds or 0,
+        mogrifier_rank=model.mogrifier_rank,
         variational=model.variational_dropout,
         projected_dim=model.embed_dim if model.project_output else None,
         forget_bias=model.forget_bias if model.architecture == "lstm" else 0.0,
@@ -78,6 +87,7 @@ def _transformer(model, dtype):
         embedding_dropout_rate=model.embedding_dropout_rate,
         dropout_rate=model.dropout_rate,
         attention_dropout_rate=model.attention_dropout_rate,
+        normed_queries=bool(model.qk_norm),
         scan_layers=model.scan_layers,
         remat=model.remat,
         dtype=dtype,

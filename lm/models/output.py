@@ -48,7 +48,7 @@ def score_tokens(hidden_ND: Array, matrix: Array, bias_V: Array, targets_N: Arra
 
     def score_all(part, hidden_ND, matrix, bias_V, columns_V, targets_N):
         def score(hidden_ND, targets_N):
-            logits_NV = _logits(hidden_ND, matrix, bias_V, tied)
+            logits_NV = plain_logits(hidden_ND, matrix, bias_V, tied)
             _, _, largest_N, normalizer_N = _exponentials(part, logits_NV)
             here_N = jnp.where(logits_NV.max(axis=-1) == largest_N, columns_V[logits_NV.argmax(axis=-1)], vocab_size)
             return TokenScores(
@@ -58,10 +58,10 @@ def score_tokens(hidden_ND: Array, matrix: Array, bias_V: Array, targets_N: Arra
             )
 
         num_tokens = len(targets_N)
-        parts = _parts((hidden_ND, targets_N), len(bias_V))
-        if parts is None:
+        cut = parts((hidden_ND, targets_N), len(bias_V))
+        if cut is None:
             return score(hidden_ND, targets_N)
-        scores = jax.lax.map(lambda rows: score(*rows), parts)
+        scores = jax.lax.map(lambda rows: score(*rows), cut)
         return jax.tree.map(lambda leaf: leaf.reshape(-1)[:num_tokens], scores)
 
     inputs = (ROWS,), *_matrix_names(tied), (ROWS,)
@@ -103,7 +103,7 @@ def _loss_sums_forward(hidden_ND, matrix, bias_V, targets_N, weights_N, tied, la
 
     def sum_all(part, hidden_ND, matrix, bias_V, columns_V, targets_N, weights_N):
         def add_rows(hidden_ND, targets_N, weights_N, d_matrix):
-            logits_NV = _logits(hidden_ND, matrix, bias_V, tied)
+            logits_NV = plain_logits(hidden_ND, matrix, bias_V, tied)
             exponentials_NV, total_N, _, normalizer_N = _exponentials(part, logits_NV)
             loss = -jnp.sum((_at(part, logits_NV, columns_V, targets_N) - normalizer_N) * weights_N)
             smooth = 0.0
@@ -121,8 +121,8 @@ def _loss_sums_forward(hidden_ND, matrix, bias_V, targets_N, weights_N, tied, la
             return LossSums(_mixed(loss, smooth, label_smoothing), loss), d_bias_V, d_hidden_ND, d_matrix
 
         num_tokens = len(targets_N)
-        parts = _parts((hidden_ND, targets_N, weights_N), len(bias_V))
-        if parts is None:
+        cut = parts((hidden_ND, targets_N, weights_N), len(bias_V))
+        if cut is None:
             sums, d_bias_V, d_hidden_ND, d_matrix = add_rows(hidden_ND, targets_N, weights_N, None)
         else:
 
@@ -133,7 +133,7 @@ def _loss_sums_forward(hidden_ND, matrix, bias_V, targets_N, weights_N, tied, la
 
             zero = jnp.zeros(())
             empty = (LossSums(zero, zero), jnp.zeros(bias_V.shape), jnp.zeros(matrix.shape))
-            (sums, d_bias_V, d_matrix), d_hidden_PND = jax.lax.scan(add, empty, parts)
+            (sums, d_bias_V, d_matrix), d_hidden_PND = jax.lax.scan(add, empty, cut)
             d_hidden_ND = d_hidden_PND.reshape(-1, hidden_ND.shape[-1])[:num_tokens]
         sums, d_bias_V, d_matrix = part.sum((sums, d_bias_V, d_matrix), ROWS)
         return sums, d_hidden_ND, d_matrix.astype(matrix.dtype), d_bias_V
@@ -177,7 +177,7 @@ def _loss_sums_backward(tied, label_smoothing, gradient, cotangents: LossSums):
 loss_sums.defvjp(_loss_sums_forward, _loss_sums_backward)
 
 
-def _parts(rows, vocab_size):
+def parts(rows, vocab_size: int):
     """Arrays [N, ...] as [parts, N / parts, ...], filled up with zeros, so that a part's logits stay small; None: one part."""
     num_tokens = len(rows[0])
     num_parts = math.ceil(num_tokens * vocab_size / logits_at_once())
@@ -193,7 +193,8 @@ def _parts(rows, vocab_size):
     return jax.tree.map(cut, rows)
 
 
-def _logits(hidden, matrix, bias_V, tied):
+def plain_logits(hidden: Array, matrix: Array, bias_V: Array, tied: bool) -> Array:
+    """float32 [..., V] of hidden states [..., D]; the matrix is as in `loss_sums`."""
     names = "...d,vd->...v" if tied else "...d,dv->...v"
     return jnp.einsum(names, hidden, matrix, preferred_element_type=jnp.float32) + bias_V
 
@@ -254,7 +255,7 @@ class OutputLayer(nn.Module):
     def logits(self, hidden_BTD: Array, table_VD: Array) -> Array:
         """float32 [B, T, V]."""
         matrix, bias_V = self._matrix_and_bias(hidden_BTD.shape[-1], table_VD)
-        return _logits(hidden_BTD.astype(self.dtype), matrix, bias_V, self.tied)
+        return plain_logits(hidden_BTD.astype(self.dtype), matrix, bias_V, self.tied)
 
     def score(self, hidden_BTD: Array, targets_BT: Array, table_VD: Array, temperature: float = 1.0) -> TokenScores:
         """Scores of the targets, without ever holding [B, T, V] where that is big; the temperature divides the logits."""

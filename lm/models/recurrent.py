@@ -1,7 +1,6 @@
 """RNN, GRU and LSTM: the cells, a layer that scans one over time, and the stack of layers."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.layers import Dropout, Initializer, WeightDrop, gatewise, segment_runs
+from lm.models.scan import scan_products
 from lm.partition import ALL_ROWS, constrain, count, locally
 
 Array = jax.Array
@@ -88,32 +88,8 @@ def cell(name: str, activation: str | None = None, input_gate: str | None = None
     return Cell(3 if coupled else 4, 2, _lstm(input_gate), adds=True, forget_gate=0 if coupled else 1)
 
 
-def _scan(cell, gates_TBG, shift_TBG, recurrent_kernel, state_bias, state, scale_BH, valid_TB, starts_TB):
-    """The plain scan; `shift_TBG` (None: zero) is added to the state's part, so that its cotangent can be had."""
-
-    def step(state, inputs):
-        gates_BG, shift_BG, valid_B, starts_B = inputs
-        if starts_B is not None:
-            state = jax.tree.map(lambda s: jnp.where(starts_B[:, None], 0, s), state)
-        hidden_BH = state[-1] if scale_BH is None else state[-1] * scale_BH
-        from_state = (hidden_BH.astype(recurrent_kernel.dtype) @ recurrent_kernel).astype(jnp.float32) + state_bias
-        if shift_BG is not None:
-            from_state += shift_BG
-        new = cell.step(gates_BG.astype(jnp.float32), from_state, state)
-        if valid_B is not None:
-            new = jax.tree.map(lambda n, s: jnp.where(valid_B[:, None], n, s), new, state)
-        return new, new[-1].astype(recurrent_kernel.dtype)
-
-    state, hidden_TBH = jax.lax.scan(step, state, (gates_TBG, shift_TBG, valid_TB, starts_TB))
-    return hidden_TBH, state
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def recur(cell: Cell, gates_TBG: Array, recurrent_kernel: Array, state_bias: Array, state: State, scale_BH, valid_TB, starts_TB):
     """Scans a cell over time.
-
-    The gradient of the recurrent matrix is one matmul over all time steps after the backward scan, where the scan's own
-    derivative would add up a matrix of its size at every step.
 
     Args:
       cell: the recurrence.
@@ -128,34 +104,66 @@ def recur(cell: Cell, gates_TBG: Array, recurrent_kernel: Array, state_bias: Arr
     Returns:
       hidden_TBH in the kernel's dtype, and the state after the last step.
     """
-    return _scan(cell, gates_TBG, None, recurrent_kernel, state_bias, state, scale_BH, valid_TB, starts_TB)
+    if cell.adds:
+        shifts_T, inputs_T = {"state": gates_TBG + state_bias.astype(gates_TBG.dtype)}, None
+    else:
+        shifts_T, inputs_T = {"state": jnp.broadcast_to(state_bias, gates_TBG.shape)}, gates_TBG
+
+    def step(product, state, gates_BG, hidden_BH):
+        return cell.step(0.0 if gates_BG is None else gates_BG.astype(jnp.float32), product("state", hidden_BH), state)
+
+    return _recur(step, {"state": recurrent_kernel}, shifts_T, inputs_T, state, scale_BH, valid_TB, starts_TB)
 
 
-def _recur_forward(cell, gates_TBG, recurrent_kernel, state_bias, state, scale_BH, valid_TB, starts_TB):
-    def run(gates_TBG, shift_TBG, state):
-        return _scan(cell, gates_TBG, shift_TBG, recurrent_kernel, state_bias, state, scale_BH, valid_TB, starts_TB)
+def recur_mogrified(
+    cell: Cell, x_TBD: Array, kernels: Mapping[str, Array], bias: Array, state: State, scale_BH, valid_TB, starts_TB
+):
+    """Scans a cell whose input and hidden state gate each other in turns before they meet it (Melis et al. 2020,
+    arXiv:1909.01792, equations 2 and 3): x <- 2 σ(Q h) x, then h <- 2 σ(R x) h, and so on.
 
-    shift_TBG = None if cell.adds else jnp.zeros(gates_TBG.shape, jnp.float32)
-    (hidden_TBH, after), backward = jax.vjp(run, gates_TBG, shift_TBG, state)
-    before_TBH = jnp.concatenate([state[-1].astype(hidden_TBH.dtype)[None], hidden_TBH[:-1]])
-    if starts_TB is not None:
-        before_TBH = jnp.where(starts_TB[:, :, None], 0, before_TBH)
-    if scale_BH is not None:
-        before_TBH = (before_TBH * scale_BH).astype(before_TBH.dtype)
-    return (hidden_TBH, after), (backward, before_TBH, state_bias)
+    Args:
+      cell: an LSTM, which only uses the sum of both parts of its gates.
+      x_TBD: inputs.
+      kernels: `gates` [D + H, G*H], of input and state; and for each round "1", "2" … a matrix [H, D] if it is odd, else
+        [D, H], or the factors "1_left" and "1_right" of one of low rank.
+      bias: [G*H].
+      state, scale_BH, valid_TB, starts_TB: as in `recur`, with the same results.
+    """
+    num_rounds = len({name.split("_")[0] for name in kernels} - {"gates"})
+    shifts_T = {name: jnp.zeros((*x_TBD.shape[:2], kernel.shape[1])) for name, kernel in kernels.items()}
+    shifts_T["gates"] += bias
+
+    def step(product, state, x_BD, hidden_BH):
+        def gate(number, value):
+            if f"{number}_left" in kernels:
+                return 2 * jax.nn.sigmoid(product(f"{number}_right", product(f"{number}_left", value)))
+            return 2 * jax.nn.sigmoid(product(str(number), value))
+
+        x_BD = x_BD.astype(jnp.float32)
+        for number in range(1, num_rounds + 1):
+            if number % 2:
+                x_BD *= gate(number, hidden_BH)
+            else:
+                hidden_BH *= gate(number, x_BD)
+        return cell.step(0.0, product("gates", jnp.concatenate([x_BD, hidden_BH], axis=-1)), state)
+
+    return _recur(step, kernels, shifts_T, x_TBD, state, scale_BH, valid_TB, starts_TB)
 
 
-def _recur_backward(cell, saved, cotangents):
-    backward, before_TBH, state_bias = saved
-    d_gates_TBG, d_shift_TBG, d_state = backward(cotangents)
-    d_from_state_TBG = d_gates_TBG if cell.adds else d_shift_TBG.astype(before_TBH.dtype)
-    before_NH, d_from_state_NG = (x.reshape(-1, x.shape[-1]) for x in (before_TBH, d_from_state_TBG))
-    d_kernel = jnp.einsum("nh,ng->hg", before_NH, d_from_state_NG)
-    d_bias = d_from_state_TBG.sum(axis=(0, 1), dtype=state_bias.dtype)
-    return d_gates_TBG, d_kernel, d_bias, d_state, None, None, None
+def _recur(step, kernels, shifts_T, inputs_T, state, scale_BH, valid_TB, starts_TB):
+    """Scans `step(product, state, input, hidden state) -> state` over valid tokens, emptying the state where texts start."""
+    dtype = next(iter(kernels.values())).dtype
 
+    def masked(product, state, inputs, masks, scale_BH):
+        valid_B, starts_B = masks
+        if starts_B is not None:
+            state = jax.tree.map(lambda s: jnp.where(starts_B[:, None], 0, s), state)
+        new = step(product, state, inputs, state[-1] if scale_BH is None else state[-1] * scale_BH)
+        if valid_B is not None:
+            new = jax.tree.map(lambda n, s: jnp.where(valid_B[:, None], n, s), new, state)
+        return new, new[-1].astype(dtype)
 
-recur.defvjp(_recur_forward, _recur_backward)
+    return scan_products(masked, kernels, shifts_T, inputs_T, state, (valid_TB, starts_TB), scale_BH)
 
 
 def _product(x_TBD, kernel_DG):
@@ -175,6 +183,7 @@ class RecurrentLayer(nn.Module):
       weight_drop_rate: DropConnect on the recurrent matrix.
       state_dropout_rate: dropout on the hidden state where it meets that matrix, one mask a row for all steps of a segment
         (Gal & Ghahramani 2016, arXiv:1512.05287).
+      mogrifier_rounds, mogrifier_rank: how often input and state gate each other, see `recur_mogrified`; None: full matrices.
       forget_bias: initial bias of the LSTM's forget gate (Jozefowicz et al. 2015).
     """
 
@@ -186,6 +195,8 @@ class RecurrentLayer(nn.Module):
     input_gate: str | None = None
     weight_drop_rate: float = 0.0
     state_dropout_rate: float = 0.0
+    mogrifier_rounds: int = 0
+    mogrifier_rank: int | None = None
     forget_bias: float = 0.0
     dtype: Any = jnp.float32
 
@@ -226,7 +237,6 @@ class RecurrentLayer(nn.Module):
         input_kernel = self.param("input_kernel", init, (x_TBD.shape[-1], width))
         recurrent_kernel = self.param("recurrent_kernel", recurrent_init, (self.hidden_dim, width))
         bias = self.param("bias", self._bias_init, (width,))
-        gates_TBG = _product(x_TBD, input_kernel.astype(self.dtype)) + bias.astype(self.dtype)
         state_bias = jnp.zeros((width,))
         if self.name_of_cell == "gru":  # the candidate's second bias stands inside the reset, so it cannot join the first
             recurrent_bias = self.param("recurrent_bias", nn.initializers.zeros, (self.hidden_dim,))
@@ -236,12 +246,34 @@ class RecurrentLayer(nn.Module):
         if train and self.state_dropout_rate:
             scale_BH = self.state_dropout(jnp.ones_like(state[-1]), rows_B, train)
         time_rows, whole, rows = (None, ALL_ROWS), (), (ALL_ROWS,)
-        recur_here = locally(
-            lambda _, *arguments: recur(self.cell, *arguments),
-            (time_rows, whole, whole, rows, rows, time_rows, time_rows),
-            (time_rows, tuple(rows for _ in state)),
-        )
-        return recur_here(gates_TBG, recurrent_kernel, state_bias, state, scale_BH, valid_TB, starts_TB)
+
+        def run(recurrence, *arguments):
+            here = locally(
+                lambda _, *arguments: recurrence(self.cell, *arguments),
+                (time_rows, whole, whole, rows, rows, time_rows, time_rows),
+                (time_rows, tuple(rows for _ in state)),
+            )
+            return here(*arguments, state, scale_BH, valid_TB, starts_TB)
+
+        if self.mogrifier_rounds:
+            gates = jnp.concatenate([input_kernel.astype(self.dtype), recurrent_kernel])
+            return run(recur_mogrified, x_TBD, {"gates": gates, **self._mogrifier_kernels(x_TBD.shape[-1])}, bias)
+        gates_TBG = _product(x_TBD, input_kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        return run(recur, gates_TBG, recurrent_kernel, state_bias)
+
+    def _mogrifier_kernels(self, input_dim):
+        shapes = {}
+        for number in range(1, self.mogrifier_rounds + 1):
+            shape = (self.hidden_dim, input_dim) if number % 2 else (input_dim, self.hidden_dim)
+            if self.mogrifier_rank is None:
+                shapes[str(number)] = shape
+            else:
+                shapes[f"{number}_left"] = shape[0], self.mogrifier_rank
+                shapes[f"{number}_right"] = self.mogrifier_rank, shape[1]
+        return {
+            name: self.param(f"mogrifier_{name}_kernel", self.kernel_init, shape).astype(self.dtype)
+            for name, shape in shapes.items()
+        }
 
 
 class RecurrentStack(nn.Module):
@@ -251,7 +283,7 @@ class RecurrentStack(nn.Module):
       name_of_cell, activation, input_gate: see `cell`.
       layer_dims: width of each layer.
       embedding_dropout_rate, dropout_rate, output_dropout_rate: before, between and after the layers.
-      weight_drop_rate, state_dropout_rate: see `RecurrentLayer`.
+      weight_drop_rate, state_dropout_rate, mogrifier_rounds, mogrifier_rank: see `RecurrentLayer`.
       variational: one mask for all steps of a segment.
       projected_dim: width of a product that follows the last dropout (Melis et al. 2018), so that a tied output can be
         narrower than the last layer; None: there is none.
@@ -271,6 +303,8 @@ class RecurrentStack(nn.Module):
     output_dropout_rate: float = 0.0
     weight_drop_rate: float = 0.0
     state_dropout_rate: float = 0.0
+    mogrifier_rounds: int = 0
+    mogrifier_rank: int | None = None
     variational: bool = False
     projected_dim: int | None = None
     forget_bias: float = 0.0
@@ -287,6 +321,8 @@ class RecurrentStack(nn.Module):
                 input_gate=self.input_gate,
                 weight_drop_rate=self.weight_drop_rate,
                 state_dropout_rate=self.state_dropout_rate,
+                mogrifier_rounds=self.mogrifier_rounds,
+                mogrifier_rank=self.mogrifier_rank,
                 forget_bias=self.forget_bias,
                 dtype=self.dtype,
                 name=f"layer_{i}",

@@ -46,7 +46,8 @@ class TransformerStack(nn.Module):
       num_layers, model_dim, num_heads, mlp_dim: L, D, H and F.
       activation: of the feed-forward layers.
       norm: "layer_norm" or "rms_norm".
-      positions: "learned" (a table of max_positions rows), "sinusoidal" or "rotary".
+      positions: "learned" (a table of max_positions rows), "sinusoidal", "rotary" or "relative".
+      normed_queries: whether queries and keys are normalised, see `Attention`.
       attention_window: positions a token sees, itself included; None: all of its text.
       embedding_dropout_rate, dropout_rate, attention_dropout_rate: on the embeddings, on each residual branch, on the weights.
       scan_layers: one loop over the layers, for which their parameters are stacked in each step. Tracing does not grow with
@@ -70,6 +71,7 @@ class TransformerStack(nn.Module):
     embedding_dropout_rate: float = 0.0
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
+    normed_queries: bool = False
     scan_layers: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -89,6 +91,8 @@ class TransformerStack(nn.Module):
             kernel_init=self.kernel_init,
             out_init=self.out_init,
             dropout_rate=self.attention_dropout_rate,
+            relative=self.positions == "relative",
+            norm=self.norm if self.normed_queries else None,
             dtype=self.dtype,
             parent=None,
         )
@@ -130,7 +134,9 @@ class TransformerStack(nn.Module):
 
     def __call__(self, x_BTD, carry=None, *, segments_BT=None, rows_B=None, train=False):
         """Hidden states [B, T, D], and the cache after the segment (None if none was given)."""
-        where, slots = places(x_BTD.shape[:2], segments_BT, carry and carry["slots"], self.attention_window)
+        where, slots = places(
+            x_BTD.shape[:2], segments_BT, carry and carry["slots"], self.attention_window, self.positions == "relative"
+        )
         if self.positions == "learned":
             if x_BTD.shape[1] > self.max_positions:
                 raise UserError(f"a text of {x_BTD.shape[1]} tokens is longer than model.max_positions {self.max_positions}")

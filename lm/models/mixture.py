@@ -1,0 +1,91 @@
+"""A mixture of softmaxes in place of one: an output whose logarithm has a higher rank than its hidden states."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm.models.layers import Initializer
+from lm.models.output import LossSums, TokenScores, loss_sums, parts, plain_logits, score_tokens
+
+Array = jax.Array
+
+
+class MixtureOutput(nn.Module):
+    """hidden -> Σ_k π_k softmax(tanh(hidden W_k + b_k) E), over one matrix E with a bias (Yang et al. 2018, arXiv:1711.03953).
+
+    Attributes:
+      num_softmaxes: K.
+      embed_dim: width of E, the embedding's table if `tied`.
+      latent_init: initialiser of W and of the matrix that π comes from.
+    """
+
+    vocab_size: int
+    tied: bool
+    num_softmaxes: int
+    embed_dim: int
+    kernel_init: Initializer
+    latent_init: Initializer
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.prior = nn.Dense(self.num_softmaxes, use_bias=False, kernel_init=self.latent_init, dtype=self.dtype)
+        self.latent = nn.Dense(self.num_softmaxes * self.embed_dim, kernel_init=self.latent_init, dtype=self.dtype)
+        self.bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
+        if not self.tied:
+            self.kernel = self.param("kernel", self.kernel_init, (self.embed_dim, self.vocab_size))
+
+    def _matrix(self, table_VD):
+        return (table_VD if self.tied else self.kernel).astype(self.dtype)
+
+    def _components(self, hidden):
+        """log π [..., K], float32, and what each softmax reads [..., K, E]."""
+        hidden = hidden.astype(self.dtype)
+        log_prior = jax.nn.log_softmax(self.prior(hidden).astype(jnp.float32))
+        return log_prior, jnp.tanh(self.latent(hidden)).reshape(*log_prior.shape, self.embed_dim)
+
+    def logits(self, hidden_BTD: Array, table_VD: Array) -> Array:
+        """Log probabilities, float32 [B, T, V]."""
+        return self._log_probs(*self._components(hidden_BTD), self._matrix(table_VD), 1.0)
+
+    def _log_probs(self, log_prior, latent, matrix, temperature):
+        logits = plain_logits(latent / temperature, matrix, self.bias / temperature, self.tied)
+        return jax.nn.logsumexp(log_prior[..., None] + jax.nn.log_softmax(logits), axis=-2)
+
+    def score(self, hidden_BTD: Array, targets_BT: Array, table_VD: Array, temperature: float = 1.0) -> TokenScores:
+        """Scores of the targets; logits are made for some tokens at a time. The temperature divides those of each softmax."""
+        matrix = self._matrix(table_VD)
+        log_prior_NK, latent_NKD = self._components(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]))
+
+        def score_some(log_prior_NK, latent_NKD, targets_N):
+            log_probs_NV = self._log_probs(log_prior_NK, latent_NKD, matrix, temperature)
+            log_prob_N = jnp.take_along_axis(log_probs_NV, targets_N[:, None], axis=-1)[:, 0]
+            return TokenScores(log_prob_N, log_probs_NV.argmax(axis=-1) == targets_N, log_probs_NV.mean(axis=-1))
+
+        rows = log_prior_NK, latent_NKD, targets_BT.reshape(-1)
+        cut = parts(rows, self.vocab_size * (self.num_softmaxes + 1))
+        scores = score_some(*rows) if cut is None else jax.lax.map(lambda some: score_some(*some), cut)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape), scores)
+
+    def loss_sums(
+        self, hidden_BTD: Array, targets_BT: Array, weights_BT: Array, table_VD: Array, label_smoothing: float
+    ) -> LossSums:
+        """Summed losses of the targets, with the gradient of the objective; without label smoothing.
+
+        The gradient of -log Σ_k π_k p_k is that of Σ_k r_k (-log π_k - log p_k), where r_k is the share that softmax k has in
+        the target's probability: a loss over N K tokens, each with its share as weight.
+        """
+        assert not label_smoothing, "lm.config refuses it"
+        matrix, num_softmaxes = self._matrix(table_VD), self.num_softmaxes
+        log_prior_NK, latent_NKD = self._components(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]))
+        latent_MD = latent_NKD.reshape(-1, self.embed_dim)
+        targets_M, weights_N = jnp.repeat(targets_BT.reshape(-1), num_softmaxes), weights_BT.reshape(-1)
+        scores = score_tokens(*jax.lax.stop_gradient((latent_MD, matrix, self.bias)), targets_M, self.tied)
+        joint_NK = jax.lax.stop_gradient(log_prior_NK) + scores.log_prob_BT.reshape(-1, num_softmaxes)
+        total_N = jax.nn.logsumexp(joint_NK, axis=-1)
+        weights_NK = jnp.exp(joint_NK - total_N[:, None]) * weights_N[:, None]
+        over_softmaxes = loss_sums(latent_MD, matrix, self.bias, targets_M, weights_NK.reshape(-1), self.tied, 0.0)
+        bound = over_softmaxes.objective - jnp.sum(weights_NK * log_prior_NK)
+        loss = -jnp.sum(total_N * weights_N)
+        return LossSums(loss + bound - jax.lax.stop_gradient(bound), loss)

@@ -1,0 +1,92 @@
+"""The mixture of softmaxes: probabilities, losses and gradients against NumPy, whole and in parts, tied and free."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from helpers import changed, refused
+from scipy.special import log_softmax, logsumexp
+
+from lm.config import Config, resolve
+from lm.models import output as outputs
+from lm.models.mixture import MixtureOutput
+
+B, T, D, E, V, K = 2, 4, 5, 3, 7, 3
+
+
+def log_probs_by_hand(params, hidden, matrix, temperature=1.0):
+    """[B, T, V] from the formula, float64; and its inner values."""
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    log_prior = log_softmax(hidden @ params["prior"]["kernel"], axis=-1)
+    latent = np.tanh(hidden @ params["latent"]["kernel"] + params["latent"]["bias"]).reshape(B, T, K, E)
+    components = log_softmax((latent @ matrix + params["bias"]) / temperature, axis=-1)
+    return logsumexp(log_prior[..., None] + components, axis=-2)
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "free"])
+def case(request, rng):
+    tied = request.param
+    output = MixtureOutput(V, tied, K, E, nn.initializers.normal(1.0), nn.initializers.normal(1.0))
+    hidden, table = rng.normal(size=(B, T, D)).astype(np.float32), rng.normal(size=(V, E)).astype(np.float32)
+    params = output.init(jax.random.key(0), hidden, table, method="logits")["params"]
+    params["bias"] = rng.normal(size=V).astype(np.float32)
+    params["latent"]["bias"] = rng.normal(size=K * E).astype(np.float32)
+    return output, params, hidden, table, rng.integers(0, V, (B, T))
+
+
+def matrix_of(output, params, table):
+    return np.asarray(table.T if output.tied else params["kernel"], np.float64)
+
+
+@pytest.mark.parametrize("at_once", [1 << 23, 2 * V * (K + 1)])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_scores_equal_numpy(case, monkeypatch, at_once, temperature):
+    output, params, hidden, table, targets = case
+    monkeypatch.setattr(outputs, "logits_at_once", lambda: at_once)
+    want = log_probs_by_hand(params, hidden, matrix_of(output, params, table), temperature)
+    scores = output.apply({"params": params}, hidden, targets, table, temperature, method="score")
+    np.testing.assert_allclose(scores.log_prob_BT, np.take_along_axis(want, targets[..., None], axis=-1)[..., 0], atol=3e-6)
+    np.testing.assert_array_equal(scores.correct_BT, want.argmax(axis=-1) == targets)
+    np.testing.assert_allclose(scores.mean_log_prob_BT, want.mean(axis=-1), atol=3e-6)
+    if temperature == 1.0:
+        logits = output.apply({"params": params}, hidden, table, method="logits")
+        np.testing.assert_allclose(logits, want, atol=3e-6)
+        np.testing.assert_allclose(np.exp(logits).sum(axis=-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1 << 23, 5 * V])
+def test_losses_and_their_gradient_are_those_of_the_mixture(case, rng, monkeypatch, at_once):
+    """Against the derivative of the whole mixture, made by JAX from the formula in float32; the loss against NumPy."""
+    output, params, hidden, table, targets = case
+    monkeypatch.setattr(outputs, "logits_at_once", lambda: at_once)
+    weights = rng.uniform(0.2, 2, (B, T)).astype(np.float32)
+    weights[0, 1] = 0
+
+    def ours(params, hidden, table):
+        sums = output.apply({"params": params}, hidden, targets, weights, table, 0.0, method="loss_sums")
+        return 2.5 * sums.objective, sums
+
+    def plainly(params, hidden, table):
+        log_probs = output.apply({"params": params}, hidden, table, method="logits")
+        return -2.5 * jnp.sum(jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0] * weights)
+
+    arguments = params, hidden, table
+    found, sums = jax.jit(jax.grad(ours, argnums=(0, 1, 2), has_aux=True))(*arguments)
+    expected = jax.jit(jax.grad(plainly, argnums=(0, 1, 2)))(*arguments)
+    jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-5), found, expected)
+    by_hand = log_probs_by_hand(params, hidden, matrix_of(output, params, table))
+    want = -np.sum(np.take_along_axis(by_hand, targets[..., None], axis=-1)[..., 0] * weights)
+    np.testing.assert_allclose((sums.loss, sums.objective), want, rtol=2e-6)
+
+
+def test_what_a_mixture_does_not_take_is_refused():
+    mixture = {"model__num_softmaxes": 3}
+    with refused("config.training.label_smoothing", "mixture of softmaxes"):
+        resolve(changed(Config(), **mixture, training__label_smoothing=0.1))
+    with refused("config.model.project_output", "mixture of softmaxes"):
+        resolve(changed(Config(), **mixture, model__project_output=True, model__embed_dim=20))
+    config = resolve(changed(Config(), **mixture, model__embed_dim=20, model__hidden_dim=30))  # tied, and narrower
+    assert config.model.embed_dim == 20
+    with refused("config.model.mogrifier_rank", "config.model.mogrifier_rounds"):
+        resolve(changed(Config(), model__mogrifier_rank=3))
