@@ -88,14 +88,14 @@ def cell(name: str, activation: str | None = None, input_gate: str | None = None
     return Cell(3 if coupled else 4, 2, _lstm(input_gate), adds=True, forget_gate=0 if coupled else 1)
 
 
-def recur(cell: Cell, gates_TBG: Array, recurrent_kernel: Array, state_bias: Array, state: State, scale_BH, valid_TB, starts_TB):
+def recur(cell: Cell, gates_TBG: Array, recurrent_kernel: Array, state_bias, state: State, scale_BH, valid_TB, starts_TB):
     """Scans a cell over time.
 
     Args:
       cell: the recurrence.
       gates_TBG: the inputs' part of the gates.
       recurrent_kernel: [H, G*H].
-      state_bias: [G*H], added to the state's part of the gates.
+      state_bias: [G*H], added to the state's part of the gates; None where that is the same as a bias in `gates_TBG`.
       state: before the first step.
       scale_BH: factors on the hidden state where it meets the matrix, the same at all steps (a dropout mask, which has no
         gradient); None: ones.
@@ -105,14 +105,21 @@ def recur(cell: Cell, gates_TBG: Array, recurrent_kernel: Array, state_bias: Arr
       hidden_TBH in the kernel's dtype, and the state after the last step.
     """
     if cell.adds:
-        shifts_T, inputs_T = {"state": gates_TBG + state_bias.astype(gates_TBG.dtype)}, None
+        gates_TBG = gates_TBG if state_bias is None else gates_TBG + state_bias.astype(gates_TBG.dtype)
+        shifts_T, inputs_T = {"state": gates_TBG}, None
     else:
         shifts_T, inputs_T = {"state": jnp.broadcast_to(state_bias, gates_TBG.shape)}, gates_TBG
 
     def step(product, state, gates_BG, hidden_BH):
         return cell.step(0.0 if gates_BG is None else gates_BG.astype(jnp.float32), product("state", hidden_BH), state)
 
-    return _recur(step, {"state": recurrent_kernel}, shifts_T, inputs_T, state, scale_BH, valid_TB, starts_TB)
+    def hidden_before(hidden_TBH, state, masks, scale_BH):
+        before_TBH = jnp.concatenate([state[-1].astype(hidden_TBH.dtype)[None], hidden_TBH[:-1]])
+        if masks[1] is not None:
+            before_TBH = jnp.where(masks[1][:, :, None], 0, before_TBH)
+        return {"state": before_TBH if scale_BH is None else (before_TBH * scale_BH).astype(before_TBH.dtype)}
+
+    return _recur(step, hidden_before, {"state": recurrent_kernel}, shifts_T, inputs_T, state, scale_BH, valid_TB, starts_TB)
 
 
 def recur_mogrified(
@@ -147,10 +154,10 @@ def recur_mogrified(
                 hidden_BH *= gate(number, x_BD)
         return cell.step(0.0, product("gates", jnp.concatenate([x_BD, hidden_BH], axis=-1)), state)
 
-    return _recur(step, kernels, shifts_T, x_TBD, state, scale_BH, valid_TB, starts_TB)
+    return _recur(step, None, kernels, shifts_T, x_TBD, state, scale_BH, valid_TB, starts_TB)
 
 
-def _recur(step, kernels, shifts_T, inputs_T, state, scale_BH, valid_TB, starts_TB):
+def _recur(step, recover, kernels, shifts_T, inputs_T, state, scale_BH, valid_TB, starts_TB):
     """Scans `step(product, state, input, hidden state) -> state` over valid tokens, emptying the state where texts start."""
     dtype = next(iter(kernels.values())).dtype
 
@@ -163,7 +170,7 @@ def _recur(step, kernels, shifts_T, inputs_T, state, scale_BH, valid_TB, starts_
             new = jax.tree.map(lambda n, s: jnp.where(valid_B[:, None], n, s), new, state)
         return new, new[-1].astype(dtype)
 
-    return scan_products(masked, kernels, shifts_T, inputs_T, state, (valid_TB, starts_TB), scale_BH)
+    return scan_products(masked, recover, kernels, shifts_T, inputs_T, state, (valid_TB, starts_TB), scale_BH)
 
 
 def _product(x_TBD, kernel_DG):
@@ -237,10 +244,10 @@ class RecurrentLayer(nn.Module):
         input_kernel = self.param("input_kernel", init, (x_TBD.shape[-1], width))
         recurrent_kernel = self.param("recurrent_kernel", recurrent_init, (self.hidden_dim, width))
         bias = self.param("bias", self._bias_init, (width,))
-        state_bias = jnp.zeros((width,))
+        state_bias = None
         if self.name_of_cell == "gru":  # the candidate's second bias stands inside the reset, so it cannot join the first
             recurrent_bias = self.param("recurrent_bias", nn.initializers.zeros, (self.hidden_dim,))
-            state_bias = state_bias.at[2 * self.hidden_dim :].set(recurrent_bias)
+            state_bias = jnp.zeros((width,)).at[2 * self.hidden_dim :].set(recurrent_bias)
         recurrent_kernel = self.weight_drop(recurrent_kernel, train).astype(self.dtype)
         scale_BH = None
         if train and self.state_dropout_rate:

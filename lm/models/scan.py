@@ -12,9 +12,10 @@ Product = Callable[[str, Array], Array]  # name, value -> value @ kernels[name] 
 Step = Callable[..., tuple[Any, Array]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def scan_products(
     step: Step,
+    recover: Callable[..., Mapping[str, Array]] | None,
     kernels: Mapping[str, Array],
     shifts_T: Mapping[str, Array],
     inputs_T: Any,
@@ -29,6 +30,8 @@ def scan_products(
 
     Args:
       step: (product, state, input, fixed, constants) -> state, output; it must use each product once.
+      recover: (outputs, first state, fixed, constants) -> the arguments of all products, time first, where that is cheaper than
+        to keep them in the scan; None: it is not.
       kernels: matrices [D, G] by name.
       shifts_T: for each matrix what is added to its products, [T, B, G] (a bias, or what is known before the scan).
       inputs_T: further inputs, time first.
@@ -38,19 +41,21 @@ def scan_products(
     Returns:
       The outputs, time first, and the state after the last step.
     """
-    return _run(step, kernels, shifts_T, inputs_T, state, fixed_T, constants)[0]
+    return _run(step, False, kernels, shifts_T, inputs_T, state, fixed_T, constants)[0]
 
 
-def _run(step, kernels, shifts_T, inputs_T, state, fixed_T, constants):
-    """Outputs and state; and the arguments of all products, [T, B, D] by name."""
+def _run(step, keeps, kernels, shifts_T, inputs_T, state, fixed_T, constants):
+    """Outputs and state; and, if it keeps them, the arguments of all products, [T, B, D] by name."""
 
     def one(state, at_t):
         shifts, inputs, fixed = at_t
         arguments = {}
 
         def product(name, value):
-            arguments[name] = value.astype(kernels[name].dtype)
-            return (arguments[name] @ kernels[name]).astype(jnp.float32) + shifts[name].astype(jnp.float32)
+            value = value.astype(kernels[name].dtype)
+            if keeps:
+                arguments[name] = value
+            return (value @ kernels[name]).astype(jnp.float32) + shifts[name].astype(jnp.float32)
 
         state, output = step(product, state, inputs, fixed, constants)
         return state, (output, arguments)
@@ -59,16 +64,18 @@ def _run(step, kernels, shifts_T, inputs_T, state, fixed_T, constants):
     return (outputs_T, state), arguments_T
 
 
-def _forward(step, kernels, shifts_T, inputs_T, state, fixed_T, constants):
+def _forward(step, recover, kernels, shifts_T, inputs_T, state, fixed_T, constants):
     def run(shifts_T, inputs_T, state):
-        return _run(step, kernels, shifts_T, inputs_T, state, fixed_T, constants)
+        return _run(step, recover is None, kernels, shifts_T, inputs_T, state, fixed_T, constants)
 
     found, backward, arguments_T = jax.vjp(run, shifts_T, inputs_T, state, has_aux=True)
+    if recover is not None:
+        arguments_T = recover(found[0], state, fixed_T, constants)
     return found, (backward, arguments_T)
 
 
-def _backward(step, saved, cotangents):
-    del step
+def _backward(step, recover, saved, cotangents):
+    del step, recover
     backward, arguments_T = saved
     d_shifts_T, d_inputs_T, d_state = backward(cotangents)
 
