@@ -1,5 +1,6 @@
 """What the experiments on the Penn Treebank share: its words, and how many steps an epoch has."""
 
+from configs._common import steps_of
 from lm.config import Config
 
 TRAIN_TOKENS = 929_589
@@ -19,4 +20,4 @@ def penn_treebank(architecture: str, batch_size: int, seq_len: int) -> Config:
 
 def steps_per_epoch(config: Config) -> int:
     """Steps that a stream of the config's batches takes through train."""
-    return TRAIN_TOKENS // config.data.batch_size // config.data.seq_len
+    return steps_of(config, TRAIN_TOKENS)

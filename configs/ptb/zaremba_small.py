@@ -11,18 +11,8 @@ Perplexity on test at the last epoch: 114.50, 114.24 and 114.14 with seeds 0, 1 
 """
 
 from configs._common import finish
-from configs.ptb._text import penn_treebank, steps_per_epoch
+from configs.ptb._zaremba import zaremba
 
 
 def get_config(argument=""):
-    config = penn_treebank("lstm", batch_size=20, seq_len=20)
-    config.model.num_layers, config.model.hidden_dim = 2, 200
-    config.model.tie_embeddings = False
-    config.model.kernel_init = config.model.recurrent_init = config.model.embedding_init = "uniform"
-    config.model.init_scale, config.model.forget_bias = 0.1, 0.0
-    config.optimizer.name, config.optimizer.learning_rate, config.optimizer.clip_norm = "sgd", 20.0, 0.25
-    config.optimizer.schedule, config.optimizer.decay_start_epoch, config.optimizer.decay_factor = "step", 4, 0.5
-    epoch = steps_per_epoch(config)
-    config.training.num_steps, config.training.evaluate_every_steps = 13 * epoch, epoch
-    config.training.log_every_steps = 200
-    return finish(config, argument)
+    return finish(zaremba(200, init_scale=0.1, clip=5, epochs=13, full_epochs=4, decay=0.5, seq_len=20), argument)

@@ -1,0 +1,21 @@
+"""The LSTM of PyTorch's word_language_model example on WikiText-2: 2 × 200, SGD at 20, divided by 4 when valid stalls.
+
+python -m launch.train --config=configs/wikitext2/lstm_200.py --config.data.path=/path/to/wikitext-2 --workdir=runs/wt2_lstm_200
+
+Not yet run. python -m launch.word_language_model is the same in PyTorch.
+"""
+
+from configs._common import finish, steps_of
+from configs.wikitext2._text import TRAIN_TOKENS, wikitext2
+
+
+def get_config(argument=""):
+    config = wikitext2("lstm", batch_size=20, seq_len=35)
+    config.model.num_layers, config.model.hidden_dim, config.model.dropout_rate = 2, 200, 0.2
+    config.model.tie_embeddings, config.model.forget_bias = False, 0.0
+    config.model.kernel_init = config.model.recurrent_init = config.model.embedding_init = "uniform"
+    config.optimizer.name, config.optimizer.learning_rate, config.optimizer.clip_norm = "sgd", 20.0, 0.25
+    config.optimizer.schedule = "plateau"
+    epoch = steps_of(config, TRAIN_TOKENS)
+    config.training.num_steps, config.training.evaluate_every_steps, config.training.log_every_steps = 6 * epoch, epoch, 200
+    return finish(config, argument)
