@@ -248,6 +248,91 @@ def gru(params, x_BTD, h0_BH):
     return _over_time(states[1:], num_rows, U.shape[0]), states[-1], backward
 
 
+def minimal(params, x_BTD, h0_BH, kind):
+    """minGRU and minLSTM (Feng et al., 2024), step by step, forward only.
+
+    mingru: z = sig(x W_z + b), h' = (1 - z) * h + z * (x W_h + b). minlstm: f, i = sig(x W_f + b), sig(x W_i + b),
+    h' = f / (f + i) * h + i / (f + i) * (x W_h + b).
+
+    Args:
+      params: input_kernel [D, 2H] (z, h) or [D, 3H] (f, i, h), bias.
+
+    Returns:
+      h_BTH, the last h_BH.
+    """
+    W, b = _float64(params, "input_kernel", "bias")
+    h_BH, states = _array(h0_BH), []
+    for t in range(x_BTD.shape[1]):
+        a = _array(x_BTD)[:, t] @ W + b
+        if kind == "mingru":
+            a_z, new = np.split(a, 2, axis=-1)
+            h_BH = (1 - expit(a_z)) * h_BH + expit(a_z) * new
+        else:
+            a_f, a_i, new = np.split(a, 3, axis=-1)
+            f, i = expit(a_f), expit(a_i)
+            h_BH = f / (f + i) * h_BH + i / (f + i) * new
+        states.append(h_BH)
+    return np.stack(states, axis=1), h_BH
+
+
+def slstm(params, x_BTD, carry0):
+    """sLSTM with one head (Beck et al., 2024, equations 8 to 14), with exponentials as they stand, forward only.
+
+    [i f z o] = [exp sig tanh sig](x W + h U + b), c' = f c + i z, n' = f n + i, h' = o c' / n'.
+
+    Args:
+      params: input_kernel W [D, 4H], recurrent_kernel U [H, 4H], bias b [4H].
+      carry0: (c_BH, n_BH, h_BH).
+
+    Returns:
+      h_BTH, the last (c_BH, n_BH, h_BH).
+    """
+    W, U, b = _float64(params, "input_kernel", "recurrent_kernel", "bias")
+    (c_BH, n_BH, h_BH), states = map(_array, carry0), []
+    for t in range(x_BTD.shape[1]):
+        a_i, a_f, a_z, a_o = np.split(_array(x_BTD)[:, t] @ W + h_BH @ U + b, 4, axis=-1)
+        c_BH = expit(a_f) * c_BH + np.exp(a_i) * np.tanh(a_z)
+        n_BH = expit(a_f) * n_BH + np.exp(a_i)
+        h_BH = expit(a_o) * c_BH / n_BH
+        states.append(h_BH)
+    return np.stack(states, axis=1), (c_BH, n_BH, h_BH)
+
+
+def mlstm(params, x_BTD, carry0):
+    """mLSTM (Beck et al., 2024, equations 19 to 27), step by step, with exponentials as they stand, forward only.
+
+    C' = f C + i k v', n' = f n + i k, h' = sig(x W_o + b) * norm(q' C' / max(|n' q|, 1)) with k divided by sqrt(K).
+
+    Args:
+      params: {query,key,value,out_gate}_{kernel,bias} [D, H] and [H]; {write,forget}_gate_{kernel,bias} [D, N] and [N];
+        scale [N, K] of the norm over each head.
+      carry0: (C_BNKK, n_BNK).
+
+    Returns:
+      h_BTH, the last (C_BNKK, n_BNK).
+    """
+    params = {name: _array(value) for name, value in params.items()}
+    x_BTD, (C, n) = _array(x_BTD), map(_array, carry0)
+    num_heads, width = params["scale"].shape
+    outputs = []
+    for t in range(x_BTD.shape[1]):
+        at = {name: x_BTD[:, t] @ params[f"{name}_kernel"] + params[f"{name}_bias"] for name in _OF_MLSTM}
+        q, k, v = (at[name].reshape(-1, num_heads, width) for name in ("query", "key", "value"))
+        k = k / np.sqrt(width)
+        i, f = np.exp(at["write_gate"])[..., None], expit(at["forget_gate"])[..., None]
+        C = f[..., None] * C + i[..., None] * k[..., :, None] * v[..., None, :]
+        n = f * n + i * k
+        size = np.maximum(np.abs((n * q).sum(axis=-1)), 1.0)
+        read = np.einsum("bnk,bnkv->bnv", q, C) / size[..., None]
+        centred = read - read.mean(axis=-1, keepdims=True)
+        normed = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + NORM_EPSILON) * params["scale"]
+        outputs.append(expit(at["out_gate"]) * normed.reshape(len(x_BTD), -1))
+    return np.stack(outputs, axis=1), (C, n)
+
+
+_OF_MLSTM = ("query", "key", "value", "out_gate", "write_gate", "forget_gate")
+
+
 def attention(params, x_BTD, num_heads, window=None, rotary=False):
     """Causal multi-head scaled dot-product self-attention (Vaswani et al., 2017).
 

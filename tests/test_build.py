@@ -15,7 +15,7 @@ from lm.models.build import build, count_params, initialise, parameter_role, sol
 from lm.models.ngram import Ngram
 
 V = 11
-GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+GATES = {"rnn": 1, "gru": 3, "lstm": 4, "slstm": 4, "mingru": 2, "minlstm": 3, "mlstm": 4}
 
 
 def count_by_hand(config, vocab_size):
@@ -27,7 +27,11 @@ def count_by_hand(config, vocab_size):
         total = vocab_size * before
         for width in widths:
             gates = 3 if model.input_gate == "coupled" else GATES[model.architecture]
-            total += gates * width * (before + width + 1)  # two matrices and a bias
+            if model.architecture == "mlstm":
+                total += gates * width * (before + 1) + 2 * model.num_heads * (before + 1) + width  # gates of heads, and a norm
+            else:
+                from_state = width if model.architecture in ("rnn", "gru", "lstm", "slstm") else 0
+                total += gates * width * (before + from_state + 1)  # one or two matrices and a bias
             total += width if model.architecture == "gru" else 0  # the candidate's second bias
             before = width
         total += before * model.embed_dim if model.project_output else 0
@@ -67,6 +71,10 @@ def _mogrifier_by_hand(model, index):
         ("lstm", {"model__num_layers": None, "model__layer_dims": (9, 6), "model__embed_dim": 5, "model__tie_embeddings": False}),
         ("lstm", {"model__mogrifier_rounds": 3, "model__layer_dims": (9, 6)}),
         ("lstm", {"model__mogrifier_rounds": 5, "model__mogrifier_rank": 2, "model__embed_dim": 3, "model__num_softmaxes": 4}),
+        ("slstm", {"model__layer_dims": (9, 6)}),
+        ("mingru", {"model__layer_dims": (9, 6)}),
+        ("minlstm", {}),
+        ("mlstm", {"model__layer_dims": (8, 6), "model__num_heads": 2}),
         ("rnn", {"model__num_softmaxes": 2, "model__tie_embeddings": False}),
         ("transformer", {"model__num_softmaxes": 3}),
         ("transformer", {"model__positions": "relative", "model__qk_norm": True, "model__num_heads": 2}),
@@ -222,12 +230,12 @@ OTHER_VALUES = {
     "num_params": 3000,
     "num_layers": 3,
     "hidden_dim": 12,
-    "layer_dims": (8, 6),
+    "layer_dims": (8, 4),
     "embed_dim": 6,
     "tie_embeddings": False,
     "project_output": True,
     "activation": {"rnn": "relu", "transformer": "swiglu"},
-    "num_heads": 4,
+    "num_heads": {"transformer": 4, "mlstm": 2},
     "mlp_dim": 9,
     "positions": "sinusoidal",
     "max_positions": 9,

@@ -181,6 +181,7 @@ RUNS = {
         optimizer__name="muon",
         optimizer__schedule="inverse_sqrt",
     ),
+    "mlstm": dict(model__architecture="mlstm", model__hidden_dim=8, model__num_heads=2, model__num_layers=1),
     "markov": dict(data__process="markov", data__alphabet_size=3, data__markov_order=1, data__synthetic_seed=1),
     "hidden markov": dict(data__process="hidden_markov", data__alphabet_size=3, data__num_states=2),
     "copy": dict(data__process="copy", data__alphabet_size=3, data__copy_length=3),

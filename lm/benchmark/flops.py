@@ -20,6 +20,8 @@ def forward_flops_per_token(config: Config, vocab_size: int, carried_length: int
     keys, once for the scores, once for the mixing and, with relative positions, once for their distances; S is the mean over
     positions: of min(t, window) for t = 1 … length in windows, and the window where a cache is carried through a stream.
 
+    In an mLSTM it is what writes and reads its matrices, H × H / N numbers in each layer.
+
     Kaplan et al. 2020, arXiv:2001.08361, section 2.1 (2 N forward, 6 N in training, and the attention's share); Chowdhery et
     al. 2022, arXiv:2204.02311, appendix B (6 N + 12 L H Q T, which counts all T keys where a causal mask shows half of them).
 
@@ -44,4 +46,7 @@ def forward_flops_per_token(config: Config, vocab_size: int, carried_length: int
         streams = carried_length is None and config.data.order == "stream"
         visible = window if streams else sum(min(t, window) for t in range(1, length + 1)) / length
         attention = (6.0 if model.positions == "relative" else 4.0) * model.num_layers * model.hidden_dim * visible
+    if model.architecture == "mlstm":
+        widths = model.layer_dims or (model.hidden_dim,) * model.num_layers
+        attention = sum(4.0 * width * width / model.num_heads for width in widths)
     return 2.0 * entries + attention

@@ -26,6 +26,7 @@ from lm.training.step import initial_state
 MeshShape = tuple[int, int, int]  # data, fsdp, tensor
 _DATA, _FSDP, _TENSOR = mesh_sizes((1, 1, 1))
 _FULL = 4  # bytes of a float32
+_PLANNED = ("rnn", "gru", "lstm", "transformer")
 _USABLE = 0.9  # of a device's memory
 
 
@@ -236,6 +237,7 @@ class _Sizes:
             raise UserError("a plan takes neither config.model.remat=matmuls nor micro-batches; it takes none and full")
         for name, is_set in (
             ("model.project_output", config.model.project_output),
+            (f"model.architecture={config.model.architecture}", config.model.architecture not in _PLANNED),
             ("model.positions=relative", config.model.positions == "relative"),
             ("model.qk_norm", config.model.qk_norm),
             ("model.num_softmaxes", config.model.num_softmaxes > 1),

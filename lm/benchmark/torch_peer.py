@@ -60,6 +60,7 @@ def check(draft: Config, config: Config, mode: str) -> None:
         )
     model, training = config.model, config.training
     extras = {
+        f"config.model.architecture={model.architecture}": model.architecture not in ("rnn", "gru", "lstm", "transformer"),
         "config.model.input_gate": model.input_gate not in (None, "free"),
         "config.model.project_output": model.project_output,
         "config.model.positions": model.positions == "relative",

@@ -5,7 +5,8 @@ import typing
 
 from lm.config.section import Section, setting
 
-RECURRENT = ("rnn", "gru", "lstm")
+STATEFUL = ("rnn", "gru", "lstm", "slstm")  # whose gates look at the state
+RECURRENT = (*STATEFUL, "mingru", "minlstm", "mlstm")
 NEURAL = (*RECURRENT, "transformer")
 ARCHITECTURES = (*NEURAL, "ngram")
 INITIALIZERS = ("uniform", "normal", "xavier_uniform", "xavier_normal", "he_uniform", "he_normal", "orthogonal")
@@ -38,7 +39,9 @@ class ModelConfig(Section):
         choices={"rnn": ("tanh", "relu"), "transformer": ("gelu", "gelu_tanh", "swiglu")},
         only=("rnn", "transformer"),
     )
-    num_heads: int | None = setting(None, "attention heads; they divide hidden_dim", at_least=1, only=("transformer",))
+    num_heads: int | None = setting(
+        None, "attention heads, or those of an mLSTM; they divide hidden_dim", at_least=1, only=("transformer", "mlstm")
+    )
     mlp_dim: int | None = setting(None, "width of the feed-forward layer", at_least=1, only=("transformer",))
     positions: str | None = setting(
         None, "how positions are told apart", choices=("learned", "sinusoidal", "rotary", "relative"), only=("transformer",)
@@ -69,25 +72,25 @@ class ModelConfig(Section):
         None, "share of the vocabulary whose embeddings are dropped whole", at_least=0, below=1, only=NEURAL
     )
     weight_drop_rate: float | None = setting(
-        None, "share dropped of the recurrent matrices' entries", at_least=0, below=1, only=RECURRENT
+        None, "share dropped of the recurrent matrices' entries", at_least=0, below=1, only=STATEFUL
     )
     state_dropout_rate: float | None = setting(
         None,
         "share dropped of the hidden state where it enters the next step, one mask for all steps of a segment",
         at_least=0,
         below=1,
-        only=RECURRENT,
+        only=STATEFUL,
     )
     variational_dropout: bool | None = setting(None, "one dropout mask for all steps of a segment", only=RECURRENT)
     kernel_init: str | None = setting(None, "initialiser of the matrices", choices=INITIALIZERS, only=NEURAL)
-    recurrent_init: str | None = setting(None, "initialiser of the state-to-state matrices", choices=INITIALIZERS, only=RECURRENT)
+    recurrent_init: str | None = setting(None, "initialiser of the state-to-state matrices", choices=INITIALIZERS, only=STATEFUL)
     embedding_init: str | None = setting(
         None, "initialiser of embedding, learned positions and free output", choices=INITIALIZERS, only=NEURAL
     )
     init_scale: float | None = setting(
         None, "half-width of uniform and standard deviation of normal initialisers", above=0, only=NEURAL
     )
-    forget_bias: float | None = setting(None, "initial bias of the forget gate", only=("lstm",))
+    forget_bias: float | None = setting(None, "initial bias of the forget gate", only=("lstm", "slstm", "minlstm", "mlstm"))
     input_gate: str | None = setting(
         None,
         "the input gate i beside the forget gate f: free, coupled (i = 1 - f) or capped (i at most 1 - f)",

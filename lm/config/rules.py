@@ -16,18 +16,20 @@ _RECURRENT_DEFAULTS = dict(
     num_softmaxes=1,
     dropout_rate=0.0,
     word_dropout_rate=0.0,
-    weight_drop_rate=0.0,
-    state_dropout_rate=0.0,
     variational_dropout=False,
     kernel_init="xavier_uniform",
-    recurrent_init="orthogonal",
     embedding_init="uniform",
     init_scale=0.1,
 )
+_STATEFUL_DEFAULTS = {**_RECURRENT_DEFAULTS, "weight_drop_rate": 0.0, "state_dropout_rate": 0.0, "recurrent_init": "orthogonal"}
 _MODEL_DEFAULTS = {
-    "rnn": {**_RECURRENT_DEFAULTS, "activation": "tanh"},
-    "gru": _RECURRENT_DEFAULTS,
-    "lstm": {**_RECURRENT_DEFAULTS, "forget_bias": 1.0, "input_gate": "free", "mogrifier_rounds": 0},
+    "rnn": {**_STATEFUL_DEFAULTS, "activation": "tanh"},
+    "gru": _STATEFUL_DEFAULTS,
+    "slstm": {**_STATEFUL_DEFAULTS, "forget_bias": 3.0},
+    "mingru": _RECURRENT_DEFAULTS,
+    "minlstm": {**_RECURRENT_DEFAULTS, "forget_bias": 1.0},
+    "mlstm": {**_RECURRENT_DEFAULTS, "forget_bias": 3.0, "num_heads": 4},
+    "lstm": {**_STATEFUL_DEFAULTS, "forget_bias": 1.0, "input_gate": "free", "mogrifier_rounds": 0},
     "transformer": dict(
         num_layers=4,
         tie_embeddings=True,
@@ -132,6 +134,9 @@ def _resolve_model(model):
             setattr(model, name, model.dropout_rate)
     if model.mogrifier_rank is not None and not model.mogrifier_rounds:
         raise UserError("config.model.mogrifier_rank is set, but config.model.mogrifier_rounds is 0; set that too, or neither")
+    for width in (model.layer_dims or (model.hidden_dim,)) if model.architecture == "mlstm" else ():
+        if width and width % model.num_heads:
+            raise UserError(f"config.model.num_heads is {model.num_heads}, which does not divide a layer's width of {width}")
     last = model.layer_dims[-1] if model.layer_dims else model.hidden_dim
     if model.project_output and not (model.tie_embeddings and model.embed_dim):
         raise UserError(

@@ -49,19 +49,20 @@ def _recurrent(model, dtype):
         name_of_cell=model.architecture,
         layer_dims=layer_dims,
         kernel_init=initializer(model.kernel_init, model.init_scale),
-        recurrent_init=initializer(model.recurrent_init, model.init_scale),
+        recurrent_init=initializer(model.recurrent_init or model.kernel_init, model.init_scale),
         activation=model.activation,
         input_gate=model.input_gate,
         embedding_dropout_rate=model.embedding_dropout_rate,
         dropout_rate=model.dropout_rate,
         output_dropout_rate=model.output_dropout_rate,
-        weight_drop_rate=model.weight_drop_rate,
-        state_dropout_rate=model.state_dropout_rate,
+        weight_drop_rate=model.weight_drop_rate or 0.0,
+        state_dropout_rate=model.state_dropout_rate or 0.0,
         mogrifier_rounds=model.mogrifier_rounds or 0,
         mogrifier_rank=model.mogrifier_rank,
         variational=model.variational_dropout,
         projected_dim=model.embed_dim if model.project_output else None,
-        forget_bias=model.forget_bias if model.architecture == "lstm" else 0.0,
+        num_heads=model.num_heads or 1,
+        forget_bias=model.forget_bias or 0.0,
         dtype=dtype,
     )
     return stack, model.embed_dim or layer_dims[-1], 1.0
@@ -121,7 +122,7 @@ def solve_widths(config: Config, vocab_size: int) -> Config:
     if model.architecture == "ngram" or model.num_params is None or model.hidden_dim is not None:
         return config
     budget = model.num_params
-    step = 2 * model.num_heads if model.architecture == "transformer" else 1
+    step = {"transformer": 2 * (model.num_heads or 1), "mlstm": model.num_heads}.get(model.architecture, 1)
 
     def with_width(multiple):
         wide = replaced(config, "model", hidden_dim=multiple * step)

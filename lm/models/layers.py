@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lm.partition import ROWS, VOCABULARY, constrain
+from lm.partition import ROWS, VOCABULARY, constrain, count
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -160,6 +160,14 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 def norm(name: str, dtype: Any) -> nn.Module:
     """LayerNorm (Ba et al. 2016, arXiv:1607.06450) or RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), by name."""
     return {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}[name](epsilon=_EPSILON, dtype=dtype)
+
+
+def in_two_axes(product: Callable[[Array], Array], x: Array, rows: str = ROWS) -> Array:
+    """product(x), for an x of three axes, by way of two: XLA's CPU backend runs matmuls and their gradients 1.1 to 1.6 times as
+    fast. Where the rows are split over devices they cannot be one axis with another."""
+    if count(rows) > 1:
+        return product(x)
+    return product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
 
 
 class FeedForward(nn.Module):

@@ -1,4 +1,4 @@
-"""RNN, GRU and LSTM: the cells, a layer that scans one over time, and the stack of layers."""
+"""RNN, GRU, LSTM and sLSTM: the cells, a layer that scans one over time; and the stack of layers, of these or linear ones."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm.models.layers import Dropout, Initializer, WeightDrop, gatewise, segment_runs
+from lm.models.layers import Dropout, Initializer, WeightDrop, gatewise, in_two_axes, segment_runs
+from lm.models.linear_recurrences import MatrixLayer, MinimalLayer
 from lm.models.scan import scan_products
-from lm.partition import ALL_ROWS, constrain, count, locally
+from lm.partition import ALL_ROWS, constrain, locally
 
 Array = jax.Array
 State = tuple[Array, ...]  # float32 [B, H] each; the last one is the hidden state
@@ -70,6 +71,17 @@ def _lstm(input_gate):
     return step
 
 
+def _slstm(from_input, from_state, state):
+    memory, total, largest, _ = state
+    write, forget, new, out = jnp.split(from_input + from_state, 4, axis=-1)
+    # A state that holds nothing has no largest factor yet.
+    kept = jnp.where(total > 0, jax.nn.log_sigmoid(forget) + largest, -jnp.inf)
+    largest = jnp.maximum(kept, write)
+    keep, add = jnp.exp(kept - largest), jnp.exp(write - largest)
+    memory, total = keep * memory + add * jnp.tanh(new), keep * total + add
+    return memory, total, largest, jax.nn.sigmoid(out) * memory / total
+
+
 def cell(name: str, activation: str | None = None, input_gate: str | None = None) -> Cell:
     """A recurrence by name.
 
@@ -79,11 +91,15 @@ def cell(name: str, activation: str | None = None, input_gate: str | None = None
       i = min(sigmoid, 1 - f), which keeps |c| below 1 (Melis et al. 2018, arXiv:1707.05589).
     gru: gates r, z, n; n = tanh(x W + b + r (h U + b')); h = (1 - z) n + z h: the reset acts after the matmul, as in torch
       and cuDNN (Cho et al. 2014, arXiv:1406.1078).
+    slstm: gates i, f, z, o; c = f c + i tanh(z); n = f n + i; h = o c / n, with i = exp, f and o sigmoids (Beck et al. 2024,
+      arXiv:2405.04517, equations 8 to 18, one head); c and n are kept divided by exp(m), the largest factor so far.
     """
     if name == "rnn":
         return Cell(1, 1, _rnn({"tanh": jnp.tanh, "relu": jax.nn.relu}[activation]), adds=True)
     if name == "gru":
         return Cell(3, 1, _gru, adds=False)
+    if name == "slstm":
+        return Cell(4, 4, _slstm, adds=True, forget_gate=1)
     coupled = input_gate == "coupled"
     return Cell(3 if coupled else 4, 2, _lstm(input_gate), adds=True, forget_gate=0 if coupled else 1)
 
@@ -173,14 +189,6 @@ def _recur(step, recover, kernels, shifts_T, inputs_T, state, scale_BH, valid_TB
     return scan_products(masked, recover, kernels, shifts_T, inputs_T, state, (valid_TB, starts_TB), scale_BH)
 
 
-def _product(x_TBD, kernel_DG):
-    """x @ kernel. Of two axes XLA's CPU backend runs it and its gradients 1.1 to 1.6 times as fast as of three, but time and rows
-    cannot be one axis where the rows are split over devices."""
-    if count(ALL_ROWS) > 1:
-        return x_TBD @ kernel_DG
-    return (x_TBD.reshape(-1, x_TBD.shape[-1]) @ kernel_DG).reshape(*x_TBD.shape[:2], -1)
-
-
 class RecurrentLayer(nn.Module):
     """One recurrent layer over a whole segment: all input projections in one matmul, only the recurrence in the scan.
 
@@ -265,7 +273,8 @@ class RecurrentLayer(nn.Module):
         if self.mogrifier_rounds:
             gates = jnp.concatenate([input_kernel.astype(self.dtype), recurrent_kernel])
             return run(recur_mogrified, x_TBD, {"gates": gates, **self._mogrifier_kernels(x_TBD.shape[-1])}, bias)
-        gates_TBG = _product(x_TBD, input_kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        kernel = input_kernel.astype(self.dtype)
+        gates_TBG = in_two_axes(lambda x: x @ kernel, x_TBD, ALL_ROWS) + bias.astype(self.dtype)
         return run(recur, gates_TBG, recurrent_kernel, state_bias)
 
     def _mogrifier_kernels(self, input_dim):
@@ -287,13 +296,15 @@ class RecurrentStack(nn.Module):
     """Layers of one recurrence, with dropout on what enters the first, between them, and on what leaves the last.
 
     Attributes:
-      name_of_cell, activation, input_gate: see `cell`.
+      name_of_cell: a recurrence of `cell`, or one of lm.models.linear_recurrences.
+      activation, input_gate: see `cell`.
       layer_dims: width of each layer.
       embedding_dropout_rate, dropout_rate, output_dropout_rate: before, between and after the layers.
       weight_drop_rate, state_dropout_rate, mogrifier_rounds, mogrifier_rank: see `RecurrentLayer`.
       variational: one mask for all steps of a segment.
       projected_dim: width of a product that follows the last dropout (Melis et al. 2018), so that a tied output can be
         narrower than the last layer; None: there is none.
+      num_heads: of an mLSTM.
 
     The last layer's hidden states are sown to `intermediates` for objectives that look at them: `last_hidden_BTH` as they
     are, `dropped_hidden_BTH` after dropout.
@@ -314,41 +325,54 @@ class RecurrentStack(nn.Module):
     mogrifier_rank: int | None = None
     variational: bool = False
     projected_dim: int | None = None
+    num_heads: int = 1
     forget_bias: float = 0.0
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.layers = [
-            RecurrentLayer(
-                name_of_cell=self.name_of_cell,
-                hidden_dim=width,
-                kernel_init=self.kernel_init,
-                recurrent_init=self.recurrent_init,
-                activation=self.activation,
-                input_gate=self.input_gate,
-                weight_drop_rate=self.weight_drop_rate,
-                state_dropout_rate=self.state_dropout_rate,
-                mogrifier_rounds=self.mogrifier_rounds,
-                mogrifier_rank=self.mogrifier_rank,
-                forget_bias=self.forget_bias,
-                dtype=self.dtype,
-                name=f"layer_{i}",
-            )
-            for i, width in enumerate(self.layer_dims)
-        ]
+        self.layers = [self._layer(f"layer_{i}", width) for i, width in enumerate(self.layer_dims)]
         rates = [self.embedding_dropout_rate, *[self.dropout_rate] * (len(self.layer_dims) - 1), self.output_dropout_rate]
         self.dropouts = [Dropout(rate, constant_axis=0 if self.variational else None, row_axis=1) for rate in rates]
         if self.projected_dim is not None:
             self.projection = nn.Dense(self.projected_dim, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype)
 
+    def _layer(self, name, width):
+        linear = dict(kernel_init=self.kernel_init, forget_bias=self.forget_bias, dtype=self.dtype, name=name)
+        if self.name_of_cell in ("mingru", "minlstm"):
+            return MinimalLayer(self.name_of_cell, width, **linear)
+        if self.name_of_cell == "mlstm":
+            return MatrixLayer(width, self.num_heads, **linear)
+        return RecurrentLayer(
+            name_of_cell=self.name_of_cell,
+            hidden_dim=width,
+            kernel_init=self.kernel_init,
+            recurrent_init=self.recurrent_init,
+            activation=self.activation,
+            input_gate=self.input_gate,
+            weight_drop_rate=self.weight_drop_rate,
+            state_dropout_rate=self.state_dropout_rate,
+            mogrifier_rounds=self.mogrifier_rounds,
+            mogrifier_rank=self.mogrifier_rank,
+            forget_bias=self.forget_bias,
+            dtype=self.dtype,
+            name=name,
+        )
+
     def initial_carry(self, batch_size: int, length: int | None):
-        """Zeros: for each layer a tuple of float32 [B, H], `(h,)` or `(c, h)`; the length does not matter."""
+        """Zeros: for each layer a tuple of float32 [B, H], `(h,)` or `(c, h)`, or what its own docstring says; the length does
+        not matter."""
         del length
-        num_states = cell(self.name_of_cell, self.activation).num_states
         return {
-            f"layer_{i}": tuple(jnp.zeros((batch_size, width)) for _ in range(num_states))
+            f"layer_{i}": tuple(jnp.zeros(shape) for shape in self._state_shapes(batch_size, width))
             for i, width in enumerate(self.layer_dims)
         }
+
+    def _state_shapes(self, batch_size, width):
+        if self.name_of_cell == "mlstm":
+            rows_heads, width = (batch_size, self.num_heads), width // self.num_heads
+            return (*rows_heads, width, width), (*rows_heads, width), rows_heads
+        num_states = 1 if self.name_of_cell in ("mingru", "minlstm") else cell(self.name_of_cell, self.activation).num_states
+        return [(batch_size, width)] * num_states
 
     def __call__(self, x_BTD, carry=None, *, segments_BT=None, rows_B=None, train=False):
         """Hidden states [B, T, H] of the last layer, and the carry after the last step (None if none was given)."""
