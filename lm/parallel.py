@@ -169,7 +169,7 @@ class Placement:
 # How parameters, and what an optimiser keeps for each, are split: the end of a path -> for each dimension the axis that
 # splits it. What an axis does not divide is split along another dimension if it can be, else whole on each of its devices.
 _RULES = (
-    (r"embedding/table", (_TENSOR, _FSDP)),
+    (r"embedding/table(_\d+)?", (_TENSOR, _FSDP)),
     (r"output/kernel", (_FSDP, _TENSOR)),
     (r"(query|key|value|inward|gate)/kernel", (_FSDP, _TENSOR)),
     (r"outward/kernel", (_TENSOR, _FSDP)),

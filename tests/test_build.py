@@ -256,6 +256,8 @@ OTHER_VALUES = {
     "forget_bias": 2.0,
     "input_gate": "capped",
     "num_softmaxes": 2,
+    "cutoffs": (4,),
+    "narrowing": 2,
     "qk_norm": True,
     "mogrifier_rounds": 3,
     "mogrifier_rank": 2,
@@ -267,6 +269,8 @@ BESIDE = {
     "embed_dim": {"model__tie_embeddings": False},
     "project_output": {"model__embed_dim": 8},
     "mogrifier_rank": {"model__mogrifier_rounds": 2},
+    "cutoffs": {"data__tokenizer": "word", "data__vocab_size": V},
+    "narrowing": {"data__tokenizer": "word", "data__vocab_size": V, "model__cutoffs": (4,)},
     "max_positions": {"model__positions": "learned"},
     "variational_dropout": {"model__dropout_rate": 0.3},
 }

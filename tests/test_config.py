@@ -216,7 +216,17 @@ def test_resolve_fills_what_is_left_open(fields, filled):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_architecture_gets_its_own_fields_and_no_others(architecture):
     config = resolve(made(model__architecture=architecture, data__order="windows"))
-    left_open = {"num_params", "hidden_dim", "layer_dims", "embed_dim", "max_positions", "attention_window", "mogrifier_rank"}
+    left_open = {
+        "num_params",
+        "hidden_dim",
+        "layer_dims",
+        "embed_dim",
+        "max_positions",
+        "attention_window",
+        "mogrifier_rank",
+        "cutoffs",
+        "narrowing",
+    }
     for field in dataclasses.fields(ModelConfig):
         only, value = field.metadata["only"], getattr(config.model, field.name)
         if only and architecture not in only:

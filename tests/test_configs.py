@@ -129,7 +129,8 @@ RUNS = {
         model__num_params=2_000,
         model__num_layers=1,
         model__activation="relu",
-        model__num_softmaxes=2,
+        model__cutoffs=(20,),
+        model__narrowing=2,
         model__tie_embeddings=False,
         optimizer__name="rmsprop",
         optimizer__momentum=0.9,
@@ -181,7 +182,9 @@ RUNS = {
         optimizer__name="muon",
         optimizer__schedule="inverse_sqrt",
     ),
-    "mlstm": dict(model__architecture="mlstm", model__hidden_dim=8, model__num_heads=2, model__num_layers=1),
+    "mlstm": dict(
+        model__num_softmaxes=2, model__architecture="mlstm", model__hidden_dim=8, model__num_heads=2, model__num_layers=1
+    ),
     "markov": dict(data__process="markov", data__alphabet_size=3, data__markov_order=1, data__synthetic_seed=1),
     "hidden markov": dict(data__process="hidden_markov", data__alphabet_size=3, data__num_states=2),
     "copy": dict(data__process="copy", data__alphabet_size=3, data__copy_length=3),

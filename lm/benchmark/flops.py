@@ -35,7 +35,7 @@ def forward_flops_per_token(config: Config, vocab_size: int, carried_length: int
     entries = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         names = tuple(part.key for part in path)
-        over_vocabulary = names == (("embedding", "table") if model.tie_embeddings else ("output", "kernel"))
+        over_vocabulary = ".".join(names).startswith("embedding.table" if model.tie_embeddings else "output.kernel")
         if "distance" in names:
             continue  # multiplied once for each distance, not for each token
         if over_vocabulary or parameter_role(names) in ("matrix", "output"):

@@ -240,6 +240,7 @@ class _Sizes:
             (f"model.architecture={config.model.architecture}", config.model.architecture not in _PLANNED),
             ("model.positions=relative", config.model.positions == "relative"),
             ("model.qk_norm", config.model.qk_norm),
+            ("model.cutoffs", config.model.cutoffs),
             ("model.num_softmaxes", config.model.num_softmaxes > 1),
             ("model.mogrifier_rounds", config.model.mogrifier_rounds),
             ("data.seq_len_std", config.data.seq_len_std is not None),

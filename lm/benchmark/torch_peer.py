@@ -65,6 +65,7 @@ def check(draft: Config, config: Config, mode: str) -> None:
         "config.model.project_output": model.project_output,
         "config.model.positions": model.positions == "relative",
         "config.model.qk_norm": model.qk_norm,
+        "config.model.cutoffs": model.cutoffs,
         "config.model.num_softmaxes": model.num_softmaxes > 1,
         "config.model.mogrifier_rounds": model.mogrifier_rounds,
         "config.optimizer.decayed": mode == "train" and settings.decayed == "all" and settings.weight_decay,

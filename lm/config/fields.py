@@ -27,6 +27,15 @@ class ModelConfig(Section):
     project_output: bool | None = setting(
         None, "whether a matrix leads from the last layer to a tied embedding of another width, embed_dim", only=RECURRENT
     )
+    cutoffs: tuple[int, ...] | None = setting(
+        None,
+        "word: tokens, numbered by frequency, at which further clusters of the vocabulary begin (adaptive embedding and softmax)",
+        at_least=1,
+        only=NEURAL,
+    )
+    narrowing: int | None = setting(
+        None, "how many times narrower the embeddings of each further cluster are; by default 4", at_least=1, only=NEURAL
+    )
     num_softmaxes: int | None = setting(
         None,
         "softmaxes that are mixed, each over a projection of the last layer to the embedding's width",

@@ -132,6 +132,10 @@ def _resolve_model(model):
         applies = model.architecture in type(model).__dataclass_fields__[name].metadata["only"]
         if applies and getattr(model, name) is None:
             setattr(model, name, model.dropout_rate)
+    if model.narrowing is not None and not model.cutoffs:
+        raise UserError("config.model.narrowing is set, but there are no clusters: set config.model.cutoffs too, or neither")
+    if model.cutoffs:
+        _resolve_clusters(model)
     if model.mogrifier_rank is not None and not model.mogrifier_rounds:
         raise UserError("config.model.mogrifier_rank is set, but config.model.mogrifier_rounds is 0; set that too, or neither")
     for width in (model.layer_dims or (model.hidden_dim,)) if model.architecture == "mlstm" else ():
@@ -161,6 +165,24 @@ def _resolve_model(model):
             )
     if model.architecture == "transformer":
         _resolve_transformer(model)
+
+
+def _resolve_clusters(model):
+    model.narrowing = model.narrowing or 4
+    if list(model.cutoffs) != sorted(set(model.cutoffs)):
+        raise UserError(f"config.model.cutoffs is {model.cutoffs}, but must rise from one to the next")
+    if model.num_softmaxes > 1 or model.project_output:
+        raise UserError("config.model.cutoffs is an output of its own: leave num_softmaxes and project_output open")
+    width = model.embed_dim or (model.layer_dims[-1] if model.layer_dims else model.hidden_dim)
+    if width is not None and width < model.narrowing ** len(model.cutoffs):
+        raise UserError(
+            f"config.model.cutoffs makes {len(model.cutoffs)} further clusters, each {model.narrowing} times narrower than the "
+            f"last, which leaves nothing of a width of {width}; give fewer cutoffs or a smaller config.model.narrowing"
+        )
+    if model.embed_dim is not None and not model.tie_embeddings:
+        raise UserError(
+            "config.model.cutoffs with untied embeddings has an output as wide as its embedding; leave embed_dim open"
+        )
 
 
 def _resolve_transformer(model):
@@ -260,9 +282,15 @@ def _resolve_mixture(data):
 
 def _resolve_rest(config):
     optimizer, training, evaluation, model = config.optimizer, config.training, config.evaluation, config.model
-    if training.label_smoothing and (model.num_softmaxes or 1) > 1:
+    if training.label_smoothing and ((model.num_softmaxes or 1) > 1 or model.cutoffs):
         raise UserError(
-            f"config.training.label_smoothing is {training.label_smoothing}, which no mixture of softmaxes takes; set it to 0"
+            f"config.training.label_smoothing is {training.label_smoothing}, which neither a mixture of softmaxes nor an "
+            "adaptive softmax takes; set it to 0"
+        )
+    if model.cutoffs and config.data.tokenizer != "word":
+        raise UserError(
+            f"config.model.cutoffs is set, but the tokens of {config.data.tokenizer!r} are not numbered by frequency; it needs "
+            "config.data.tokenizer='word'"
         )
     _resolve_devices(config)
     if config.data.mixture and model.architecture == "ngram":

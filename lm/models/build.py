@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lm.config import RECURRENT, Config, default_mlp_dim, replaced
 from lm.errors import UserError
+from lm.models.adaptive import AdaptiveEmbedding, AdaptiveOutput
 from lm.models.language_model import LanguageModel
 from lm.models.layers import Embedding, initializer
 from lm.models.mixture import MixtureOutput
@@ -30,17 +31,17 @@ def build(config: Config, vocab_size: int) -> LanguageModel | Ngram:
     dtype = jnp.dtype(config.compute_dtype)
     embedding_init = initializer(model.embedding_init, model.init_scale)
     stack, embed_dim, multiplier = (_recurrent if model.architecture in RECURRENT else _transformer)(model, dtype)
-    output = OutputLayer(vocab_size, model.tie_embeddings, embedding_init, dtype)
+    tied, latent_init = model.tie_embeddings, initializer(model.kernel_init, model.init_scale)
+    table = vocab_size, embed_dim, embedding_init, model.word_dropout_rate, multiplier, dtype
+    if model.cutoffs:
+        clusters = model.cutoffs, model.narrowing
+        output = AdaptiveOutput(vocab_size, tied, embed_dim, *clusters, embedding_init, latent_init, dtype)
+        return LanguageModel(AdaptiveEmbedding(*table, *clusters, latent_init), stack, output)
     if (model.num_softmaxes or 1) > 1:  # a run of before there were mixtures has None
-        latent_init = initializer(model.kernel_init, model.init_scale)
-        output = MixtureOutput(
-            vocab_size, model.tie_embeddings, model.num_softmaxes, embed_dim, embedding_init, latent_init, dtype
-        )
-    return LanguageModel(
-        embedding=Embedding(vocab_size, embed_dim, embedding_init, model.word_dropout_rate, multiplier, dtype),
-        stack=stack,
-        output=output,
-    )
+        output = MixtureOutput(vocab_size, tied, model.num_softmaxes, embed_dim, embedding_init, latent_init, dtype)
+    else:
+        output = OutputLayer(vocab_size, tied, embedding_init, dtype)
+    return LanguageModel(Embedding(*table), stack, output)
 
 
 def _recurrent(model, dtype):
