@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from lm.errors import UserError
 from lm.models.layers import Embedding, Initializer, look_up
-from lm.models.output import LossSums, TokenScores, loss_sums, parts, plain_logits
+from lm.models.output import LossSums, TokenScores, loss_sums, plain_logits, score_by_log_probs
 
 Array = jax.Array
 
@@ -128,19 +128,13 @@ class AdaptiveOutput(nn.Module):
         return log_probs_NV.reshape(*hidden_BTD.shape[:2], self.vocab_size)
 
     def score(self, hidden_BTD: Array, targets_BT: Array, tables: tuple[Array, ...], temperature: float = 1.0) -> TokenScores:
-        """Scores of the targets, for some tokens at a time; the temperature divides the logits of each softmax."""
-
+        """Scores of the targets; the temperature divides the logits of each softmax."""
         matrices = self._matrices(tables)
 
-        def score_some(targets_N, *inputs):
-            log_probs_NV = self._log_probs(inputs, matrices, temperature)
-            log_prob_N = jnp.take_along_axis(log_probs_NV, targets_N[:, None], axis=-1)[:, 0]
-            return TokenScores(log_prob_N, log_probs_NV.argmax(axis=-1) == targets_N, log_probs_NV.mean(axis=-1))
+        def log_probs(*inputs):
+            return self._log_probs(inputs, matrices, temperature)
 
-        rows = targets_BT.reshape(-1), *self._inputs(hidden_BTD)
-        cut = parts(rows, self.vocab_size)
-        scores = score_some(*rows) if cut is None else jax.lax.map(lambda some: score_some(*some), cut)
-        return jax.tree.map(lambda leaf: leaf.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape), scores)
+        return score_by_log_probs(log_probs, tuple(self._inputs(hidden_BTD)), targets_BT, self.vocab_size)
 
     def loss_sums(
         self, hidden_BTD: Array, targets_BT: Array, weights_BT: Array, tables: tuple[Array, ...], label_smoothing: float

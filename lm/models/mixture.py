@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.layers import Initializer
-from lm.models.output import LossSums, TokenScores, loss_sums, parts, plain_logits, score_tokens
+from lm.models.output import LossSums, TokenScores, loss_sums, plain_logits, score_by_log_probs, score_tokens
 
 Array = jax.Array
 
@@ -54,19 +54,13 @@ class MixtureOutput(nn.Module):
         return jax.nn.logsumexp(log_prior[..., None] + jax.nn.log_softmax(logits), axis=-2)
 
     def score(self, hidden_BTD: Array, targets_BT: Array, table_VD: Array, temperature: float = 1.0) -> TokenScores:
-        """Scores of the targets; logits are made for some tokens at a time. The temperature divides those of each softmax."""
-        matrix = self._matrix(table_VD)
-        log_prior_NK, latent_NKD = self._components(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]))
+        """Scores of the targets; the temperature divides the logits of each softmax."""
+        matrix, inputs = self._matrix(table_VD), self._components(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]))
 
-        def score_some(log_prior_NK, latent_NKD, targets_N):
-            log_probs_NV = self._log_probs(log_prior_NK, latent_NKD, matrix, temperature)
-            log_prob_N = jnp.take_along_axis(log_probs_NV, targets_N[:, None], axis=-1)[:, 0]
-            return TokenScores(log_prob_N, log_probs_NV.argmax(axis=-1) == targets_N, log_probs_NV.mean(axis=-1))
+        def log_probs(log_prior_NK, latent_NKD):
+            return self._log_probs(log_prior_NK, latent_NKD, matrix, temperature)
 
-        rows = log_prior_NK, latent_NKD, targets_BT.reshape(-1)
-        cut = parts(rows, self.vocab_size * (self.num_softmaxes + 1))
-        scores = score_some(*rows) if cut is None else jax.lax.map(lambda some: score_some(*some), cut)
-        return jax.tree.map(lambda leaf: leaf.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape), scores)
+        return score_by_log_probs(log_probs, inputs, targets_BT, self.vocab_size * (self.num_softmaxes + 1))
 
     def loss_sums(
         self, hidden_BTD: Array, targets_BT: Array, weights_BT: Array, table_VD: Array, label_smoothing: float

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -177,10 +178,32 @@ def _loss_sums_backward(tied, label_smoothing, gradient, cotangents: LossSums):
 loss_sums.defvjp(_loss_sums_forward, _loss_sums_backward)
 
 
-def parts(rows, vocab_size: int):
+def score_by_log_probs(
+    log_probs: Callable[..., Array], inputs: tuple[Array, ...], targets_BT: Array, numbers_per_token: int
+) -> TokenScores:
+    """Scores of targets by a whole distribution, which is made for some tokens at a time.
+
+    Args:
+      log_probs: inputs of some tokens -> their log probabilities [n, V].
+      inputs: of all tokens, [B * T, ...] each.
+      numbers_per_token: how many numbers `log_probs` holds at once for each token.
+    """
+
+    def score(targets_N, *inputs):
+        log_probs_NV = log_probs(*inputs)
+        log_prob_N = jnp.take_along_axis(log_probs_NV, targets_N[:, None], axis=-1)[:, 0]
+        return TokenScores(log_prob_N, log_probs_NV.argmax(axis=-1) == targets_N, log_probs_NV.mean(axis=-1))
+
+    rows = targets_BT.reshape(-1), *inputs
+    cut = parts(rows, numbers_per_token)
+    scores = score(*rows) if cut is None else jax.lax.map(lambda some: score(*some), cut)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape), scores)
+
+
+def parts(rows, numbers_per_token: int):
     """Arrays [N, ...] as [parts, N / parts, ...], filled up with zeros, so that a part's logits stay small; None: one part."""
     num_tokens = len(rows[0])
-    num_parts = math.ceil(num_tokens * vocab_size / logits_at_once())
+    num_parts = math.ceil(num_tokens * numbers_per_token / logits_at_once())
     if num_parts <= 1:
         return None
     length = math.ceil(num_tokens / num_parts)
