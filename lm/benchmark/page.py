@@ -163,6 +163,6 @@ def provenance(results: Sequence[Result]) -> list[str]:
     return [
         *lines,
         "- Each side runs in a process of its own, and the rounds take turns; figures are medians over the rounds. The JSON",
-        "  files here hold every round, the resolved config, and the load of the machine before.",
+        "  files here hold every round, the resolved config, and how many cores other work took before.",
         "- Torch runs eager or compiled, whichever was faster. Memory is the process's peak, libraries and compiler included.",
     ]
