@@ -121,7 +121,7 @@ def test_dynamic_evaluation_follows_the_text(lstm, rule):
     variant = Variant(dynamic=dynamic)
     scorer = dynamic_scorer(model, variant, jax.tree.map(jnp.asarray, params), rms)
     static = nll(neural_scorer(model, Placement(1))(params))
-    for segment in (variant.segment, 8):
+    for segment in (variant.segment(256), 8):
         found = nll(scorer, segment)
         np.testing.assert_allclose(found, wanted, atol=5e-5)
     np.testing.assert_allclose(found[:4], static[:4], atol=1e-5)

@@ -1,6 +1,9 @@
 """A small LSTM with the regularisers of AWD-LSTM (Merity et al. 2018, arXiv:1708.02182), for two CPU cores.
 
 python -m launch.train --config=configs/ptb/awd_lstm_small.py --config.data.path=/path/to/ptb --workdir=runs/awd_lstm_small
+
+Not yet run to its end: two of 20 epochs, valid 269.82 and 180.23. 2,940 tokens/s on two cores of an AMD EPYC with nothing beside
+(2026-11-26, Python 3.11, JAX 0.10.2), which makes about 1 h 50 min of all of it.
 """
 
 from configs._common import finish

@@ -20,8 +20,8 @@ from lm.config import replaced
 from lm.data import corpus, sources, tokenizers
 from lm.errors import UserError
 from lm.evaluation.perplexity import Layout, figures, token_losses
-from lm.evaluation.scorers import NgramScorer, Scorer, neural_scorer, precision_of
-from lm.evaluation.variants import PLAIN, Variant, cache_scorer, dropout_scorer, dynamic_scorer, gradient_rms
+from lm.evaluation.scorers import NgramScorer, Scorer, precision_of
+from lm.evaluation.variants import PLAIN, Variant, gradient_rms, variant_scorer
 from lm.files import read_json, write_json
 from lm.models.ngram import Ngram
 from lm.parallel import Placement, place
@@ -64,7 +64,7 @@ def evaluate_run(
       UserError: an unknown split, text that cannot be read, or a context or variant that the model cannot take.
     """
     layout, ending = _layout(run, split, context, stride)
-    layout, ending = dataclasses.replace(layout, segment=variant.segment), ending + variant.ending
+    layout, ending = dataclasses.replace(layout, segment=variant.segment(layout.segment)), ending + variant.ending
     _check_variant(run, variant, layout)
     if run.config.model.architecture == "transformer" and layout.context is None:
         run.model.initial_carry(1)  # raises its sentence before any text is read
@@ -239,14 +239,7 @@ def _placement(run, layout, variant):
 def _scorer(run, placement, variant, rms) -> Scorer:
     if isinstance(run.model, Ngram):
         return NgramScorer(run.model, run.model.prepare(run.params))
-    params = placement.put_state(run.params)
-    if variant.dynamic:
-        return dynamic_scorer(run.model, variant, params, rms)
-    if variant.cache:
-        return cache_scorer(run.model, placement, variant)(params)
-    if variant.dropout_samples:
-        return dropout_scorer(run.model, placement, variant)(params)
-    return neural_scorer(run.model, placement, variant.temperature)(params)
+    return variant_scorer(run.model, placement, placement.put_state(run.params), variant, rms)
 
 
 def _gradient_rms(run, train, segment, progress):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lm.data.batches import Stream
 from lm.data.corpus import Corpus
 from lm.errors import UserError
-from lm.evaluation.scorers import NeuralScorer, compiled_scorer, log_probs
+from lm.evaluation.scorers import NeuralScorer, compiled_scorer, log_probs, neural_scorer
 from lm.models.language_model import LanguageModel
 from lm.objectives import causal_language_model, reset_rows
 from lm.parallel import Placement
@@ -105,10 +105,9 @@ class Variant:
         found = {"dropout_samples": self.dropout_samples} if self.dropout_samples else {}
         return {**found, "temperature": self.temperature} if self.temperature != 1.0 else found
 
-    @property
-    def segment(self) -> int:
-        """Tokens that a stream advances at a time: whole segments of dynamic evaluation."""
-        return -(-256 // self.dynamic.segment) * self.dynamic.segment if self.dynamic else 256
+    def segment(self, usual: int) -> int:
+        """Tokens that a stream advances at a time: as usual, or so many more that they are whole segments of `Dynamic`."""
+        return -(-usual // self.dynamic.segment) * self.dynamic.segment if self.dynamic else usual
 
     @property
     def ending(self) -> str:
@@ -122,6 +121,22 @@ def _joined(value):
 
 
 PLAIN = Variant()
+
+
+def variant_scorer(model: LanguageModel, placement: Placement, params: Any, variant: Variant, rms: Any = None) -> NeuralScorer:
+    """The scorer of a variant, plain or not.
+
+    Args:
+      params: placed.
+      rms: what `gradient_rms` returns, for dynamic evaluation of rule "rms".
+    """
+    if variant.dynamic:
+        return dynamic_scorer(model, variant, params, rms)
+    if variant.cache:
+        return cache_scorer(model, placement, variant)(params)
+    if variant.dropout_samples:
+        return dropout_scorer(model, placement, variant)(params)
+    return neural_scorer(model, placement, variant.temperature)(params)
 
 
 def dropout_scorer(model: LanguageModel, placement: Placement, variant: Variant) -> Callable[[Any], NeuralScorer]:

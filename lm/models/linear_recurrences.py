@@ -45,9 +45,13 @@ class MinimalLayer(nn.Module):
     forget_bias: float = 0.0
     dtype: Any = jnp.float32
 
+    def state_shapes(self, batch_size: int) -> list[tuple[int, ...]]:
+        """Of what a row remembers: (h,), [B, H]."""
+        return [(batch_size, self.hidden_dim)]
+
     @nn.compact
     def __call__(self, x_TBD: Array, state: State, valid_TB, starts_TB, train: bool, rows_B=None):
-        """As of lm.models.recurrent.RecurrentLayer; the state is (h,)."""
+        """As of lm.models.recurrent.RecurrentLayer."""
         del train, rows_B
         num_gates = {"mingru": 2, "minlstm": 3}[self.name_of_cell]
         width = num_gates * self.hidden_dim
@@ -101,8 +105,13 @@ class MatrixLayer(nn.Module):
         self.forget_gate = dense(self.num_heads, bias_init=nn.initializers.constant(self.forget_bias))
         self.head_norm = nn.LayerNorm(1e-6, use_bias=False, dtype=jnp.float32, reduction_axes=-1, feature_axes=(-2, -1))
 
+    def state_shapes(self, batch_size: int) -> list[tuple[int, ...]]:
+        """Of what a row remembers: (C, n, m), [B, N, K, K], [B, N, K] and [B, N]."""
+        rows_heads, width = (batch_size, self.num_heads), self.hidden_dim // self.num_heads
+        return [(*rows_heads, width, width), (*rows_heads, width), rows_heads]
+
     def __call__(self, x_TBD: Array, state: State, valid_TB, starts_TB, train: bool, rows_B=None):
-        """As of lm.models.recurrent.RecurrentLayer; the state is (C, n, m): [B, N, K, K], [B, N, K], [B, N]."""
+        """As of lm.models.recurrent.RecurrentLayer."""
         del train, rows_B
         length, batch_size, _ = x_TBD.shape
         runs_TB = jnp.zeros((length, batch_size), jnp.int32)

@@ -220,6 +220,10 @@ class RecurrentLayer(nn.Module):
         self.weight_drop = WeightDrop(self.weight_drop_rate)
         self.state_dropout = Dropout(self.state_dropout_rate)
 
+    def state_shapes(self, batch_size: int) -> list[tuple[int, ...]]:
+        """Of what a row remembers: (h,) of an RNN and a GRU, (c, h) of an LSTM, (c, n, m, h) of an sLSTM, [B, H] each."""
+        return [(batch_size, self.hidden_dim)] * cell(self.name_of_cell, self.activation, self.input_gate).num_states
+
     def _bias_init(self, key, shape, dtype=jnp.float32):
         del key
         bias, gate = jnp.zeros(shape, dtype), self.cell.forget_gate
@@ -330,14 +334,14 @@ class RecurrentStack(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.layers = [self._layer(f"layer_{i}", width) for i, width in enumerate(self.layer_dims)]
+        self.layers = [self._layer(width, name=f"layer_{i}") for i, width in enumerate(self.layer_dims)]
         rates = [self.embedding_dropout_rate, *[self.dropout_rate] * (len(self.layer_dims) - 1), self.output_dropout_rate]
         self.dropouts = [Dropout(rate, constant_axis=0 if self.variational else None, row_axis=1) for rate in rates]
         if self.projected_dim is not None:
             self.projection = nn.Dense(self.projected_dim, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype)
 
-    def _layer(self, name, width):
-        linear = dict(kernel_init=self.kernel_init, forget_bias=self.forget_bias, dtype=self.dtype, name=name)
+    def _layer(self, width, **options):
+        linear = dict(kernel_init=self.kernel_init, forget_bias=self.forget_bias, dtype=self.dtype, **options)
         if self.name_of_cell in ("mingru", "minlstm"):
             return MinimalLayer(self.name_of_cell, width, **linear)
         if self.name_of_cell == "mlstm":
@@ -355,24 +359,16 @@ class RecurrentStack(nn.Module):
             mogrifier_rank=self.mogrifier_rank,
             forget_bias=self.forget_bias,
             dtype=self.dtype,
-            name=name,
+            **options,
         )
 
     def initial_carry(self, batch_size: int, length: int | None):
-        """Zeros: for each layer a tuple of float32 [B, H], `(h,)` or `(c, h)`, or what its own docstring says; the length does
-        not matter."""
+        """Zeros, float32: for each layer a tuple of the arrays that its `state_shapes` tells of; the length does not matter."""
         del length
+        layers = [self._layer(width, parent=None) for width in self.layer_dims]
         return {
-            f"layer_{i}": tuple(jnp.zeros(shape) for shape in self._state_shapes(batch_size, width))
-            for i, width in enumerate(self.layer_dims)
+            f"layer_{i}": tuple(jnp.zeros(shape) for shape in layer.state_shapes(batch_size)) for i, layer in enumerate(layers)
         }
-
-    def _state_shapes(self, batch_size, width):
-        if self.name_of_cell == "mlstm":
-            rows_heads, width = (batch_size, self.num_heads), width // self.num_heads
-            return (*rows_heads, width, width), (*rows_heads, width), rows_heads
-        num_states = 1 if self.name_of_cell in ("mingru", "minlstm") else cell(self.name_of_cell, self.activation).num_states
-        return [(batch_size, width)] * num_states
 
     def __call__(self, x_BTD, carry=None, *, segments_BT=None, rows_B=None, train=False):
         """Hidden states [B, T, H] of the last layer, and the carry after the last step (None if none was given)."""
