@@ -64,6 +64,26 @@ def test_operations_of_a_token_are_those_counted_by_hand(architecture, fields, e
     assert TRAINING * forward_flops_per_token(resolve(draft_of(architecture, **fields)), V) == pytest.approx(expected)
 
 
+LSTM, OUTPUT, BLOCKS = 2 * 4 * 8 * (8 + 8), 8 * V, 2 * (ATTENTION + FEED_FORWARD)
+
+
+@pytest.mark.parametrize(
+    "architecture, fields, entries, further",
+    [
+        ("lstm", {"model__num_softmaxes": 3}, LSTM + 8 * 3 + 8 * 3 * 8 + 3 * OUTPUT, 0),  # shares, projections, softmaxes
+        # a table of 4 × 8 and one of 7 × 4, that one projected to 8 and back; and the entry of its cluster
+        ("lstm", {"model__cutoffs": (4,), "model__narrowing": 2}, LSTM + 4 * 8 + 7 * 4 + 2 * 4 * 8 + 8, 0),
+        ("transformer", {"model__positions": "relative"}, BLOCKS + OUTPUT, 6 * 2 * 8 * 3.5),  # distances, too
+        ("lstm", {"model__mogrifier_rounds": 3, "model__mogrifier_rank": 2}, LSTM + 2 * 3 * 2 * (8 + 8) + OUTPUT, 0),
+        ("mlstm", {"model__num_heads": 2}, 2 * (4 * 8 * 8 + 2 * 8 * 2) + OUTPUT, 2 * 4 * 8 * 4),  # 2 heads of 4 × 4
+        ("mingru", {}, 2 * 2 * 8 * 8 + OUTPUT, 0),
+    ],
+)
+def test_operations_of_newer_models_are_those_counted_by_hand(architecture, fields, entries, further):
+    config = resolve(draft_of(architecture, data__tokenizer="word", **fields))
+    assert forward_flops_per_token(config, V) == pytest.approx(2 * entries + further)
+
+
 def test_operations_of_a_generated_token_see_the_text_grow():
     config = resolve(draft_of("transformer", model__attention_window=3))
     expected = 2 * (2 * (ATTENTION + FEED_FORWARD) + 8 * V) + 4 * 2 * 8 * (1 + 2 + 3 + 3) / 4

@@ -38,7 +38,8 @@ def forward_flops_per_token(config: Config, vocab_size: int, carried_length: int
         over_vocabulary = ".".join(names).startswith("embedding.table" if model.tie_embeddings else "output.kernel")
         if "distance" in names:
             continue  # multiplied once for each distance, not for each token
-        if over_vocabulary or parameter_role(names) in ("matrix", "output"):
+        projects = names[0] == "embedding" and names[-1] == "kernel"
+        if over_vocabulary or projects or parameter_role(names) in ("matrix", "output"):
             entries += math.prod(leaf.shape) * ((model.num_softmaxes or 1) if over_vocabulary else 1)
     attention = 0.0
     if model.architecture == "transformer":
