@@ -65,10 +65,14 @@ def evaluate_run(
     """
     layout, ending = _layout(run, split, context, stride)
     layout, ending = dataclasses.replace(layout, segment=variant.segment(layout.segment)), ending + variant.ending
-    _check_variant(run, variant, layout)
     if run.config.model.architecture == "transformer" and layout.context is None:
         run.model.initial_carry(1)  # raises its sentence before any text is read
     wanted = _protocol(run, split if text is None else _SPLIT_OF_TEXT, layout, variant)
+    _check_variant(run, variant, layout)
+    if variant != PLAIN and wanted["split"] == "test" and not _earlier(run, f"valid{ending}", {"protocol": wanted["protocol"]}):
+        raise UserError(
+            "test is not for choosing how to score: score valid with the same flags first (--split=valid) and keep what is best"
+        )
     if text is None and data_path is None:  # then the run knows its text, which need not be there any more
         known = {"text_sha256": run.facts.get("splits", {}).get(split)}
         earlier = _earlier(run, split + ending, {**wanted, **known})
@@ -82,17 +86,11 @@ def evaluate_run(
     if earlier:
         return earlier
     path = run.folder.evaluation / f"{name}.json"
-    if variant != PLAIN and text is None and split == "test" and not path.with_name(f"valid{ending}.json").exists():
-        raise UserError(
-            "test is not for choosing how to score: score valid with the same flags first (--split=valid) and keep what is best"
-        )
-    placement, rms = _placement(run, layout, variant), None
-    layout, total = dataclasses.replace(layout, row_multiple=placement.num_row_parts), len(found.tokens)
+    placement, rms, total = _placement(run, layout, variant), None, len(found.tokens)
+    layout = dataclasses.replace(layout, row_multiple=placement.num_row_parts)
     if variant.dynamic and variant.dynamic.rule == "rms":
-        train = corpus.tokenise(_source(run, "train", None, data_path), run.tokenizer, corpus.cache_dir(run.config.data))
-        total += len(train.tokens)
-        rms = _gradient_rms(run, train, variant.dynamic.segment, lambda seen: progress(seen, total))
-
+        rms, seen = _gradient_rms(run, data_path, variant.dynamic.segment, progress)
+        total += seen
     started = time.perf_counter()
     nll_N = token_losses(_scorer(run, placement, variant, rms), found, layout, lambda scored: progress(scored, total))
     seconds = time.perf_counter() - started
@@ -242,17 +240,19 @@ def _scorer(run, placement, variant, rms) -> Scorer:
     return variant_scorer(run.model, placement, placement.put_state(run.params), variant, rms)
 
 
-def _gradient_rms(run, train, segment, progress):
-    """Of the run's parameters over train; kept beside its figures, because it takes as long as an epoch of training."""
+def _gradient_rms(run, data_path, segment, progress):
+    """Of the run's parameters over train, kept beside its figures, because it takes as long as an epoch of training; and how
+    many tokens were seen for it now."""
     path = run.folder.evaluation / f"gradient_rms.step-{run.step}.segment-{segment}.npz"
     names = flatten_dict(run.params, sep="/")
     with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile), np.load(path) as kept:
         if {name: kept[name].shape for name in kept.files} == {name: np.shape(leaf) for name, leaf in names.items()}:
-            progress(len(train.tokens))
-            return unflatten_dict({name: kept[name] for name in kept.files}, sep="/")
-    found = jax.device_get(gradient_rms(run.model, run.params, train, segment, progress))
+            return unflatten_dict({name: kept[name] for name in kept.files}, sep="/"), 0
+    train = corpus.tokenise(_source(run, "train", None, data_path), run.tokenizer, corpus.cache_dir(run.config.data))
+    total = len(train.tokens)
+    found = jax.device_get(gradient_rms(run.model, run.params, train, segment, lambda seen: progress(seen, total)))
     _write_arrays(path, flatten_dict(found, sep="/"))
-    return found
+    return found, total
 
 
 def _text(found):
