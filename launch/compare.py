@@ -10,7 +10,7 @@ import pathlib
 from absl import flags
 
 from launch import command
-from lm.errors import Preempted, UserError
+from lm.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("configs", None, "config files, separated by commas; overrides hold for all of them")
@@ -41,19 +41,12 @@ def main(overrides):
     from lm.evaluation.evaluate import evaluate_run
     from lm.reporting.report import compare, write_report
     from lm.runs.open import open_run
-    from lm.training.train import train
 
     backend.start()
     for number, (name, folder) in enumerate(folders.items(), 1):
         label = f"[{number}/{len(folders)}] {name}"
         if name in drafts:
-            listener = console.Console(label)
-            try:
-                trained = train(drafts[name], str(folder), listener)
-            finally:
-                listener.close()
-            if listener.is_asked_to_stop():  # during the last step: this run is done, the others are not
-                raise Preempted(trained.step)
+            console.train_shown(drafts[name], str(folder), label)
         run = open_run(str(folder))
         scores = {split: evaluate_run(run, split)["perplexity"] for split in ("valid", "test")}
         print(f"{label}: perplexity valid {scores['valid']:.2f}, test {scores['test']:.2f}", flush=True)

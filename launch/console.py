@@ -6,7 +6,9 @@ from typing import Any
 
 from launch.command import ProgressBar
 from lm import processes
-from lm.training.train import Experiment, Listener
+from lm.config import Config
+from lm.errors import Preempted
+from lm.training.train import Experiment, Listener, Trained, train
 
 
 class Console(Listener):
@@ -68,6 +70,22 @@ class Console(Listener):
             signal.signal(signal.SIGTERM, self._before)
         if self._context is not None:
             self._context.__exit__()
+
+
+def train_shown(draft: Config, workdir: str, label: str) -> Trained:
+    """Trains one of several runs, or goes on with it, and shows how.
+
+    Raises:
+      Preempted: SIGTERM came; also if this run had its last step: the others did not.
+    """
+    listener = Console(label)
+    try:
+        trained = train(draft, workdir, listener)
+    finally:
+        listener.close()
+    if listener.is_asked_to_stop():
+        raise Preempted(trained.step)
+    return trained
 
 
 def describe(experiment: Experiment) -> str:

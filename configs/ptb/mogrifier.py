@@ -1,0 +1,16 @@
+"""Mogrifier LSTM on the Penn Treebank, 24M parameters (Melis et al. 2020, arXiv:1909.01792). Published: valid 51.4, test 50.1.
+
+python -m launch.train --config=configs/ptb/mogrifier.py --config.data.path=/path/to/ptb --workdir=runs/ptb_mogrifier
+
+Not yet run; a GPU's work: 300 epochs.
+"""
+
+from configs._common import finish
+from configs._mogrifier import mogrifier
+from configs.ptb._text import TRAIN_TOKENS, penn_treebank
+
+
+def get_config(argument=""):
+    config = penn_treebank("lstm", batch_size=64, seq_len=70)
+    config.model.layer_dims, config.model.embed_dim = (1180, 1180), 400
+    return finish(mogrifier(config, TRAIN_TOKENS, epochs=300), argument)

@@ -1,0 +1,76 @@
+"""Runs and tabulates the results of this codebase: python -m launch.results --folder=lm/reporting/results
+
+Without --workdir it writes the page anew from what is kept in the folder. With it, rows that are not there yet
+(configs/_results.py lists them; --only picks some) are trained, scored on valid and test and kept; an interrupted one goes on.
+"""
+
+import dataclasses
+import pathlib
+
+from absl import flags
+
+from launch import command
+from lm.errors import UserError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("folder", None, "where the small files of finished runs are kept and the page is written")
+flags.DEFINE_string("workdir", None, "train and score what is missing, in folders in here")
+flags.DEFINE_string("only", "", "run only rows whose path contains this, such as ptb/small")
+flags.DEFINE_string("data_path", None, "where the corpus of these rows stands")
+
+
+def main(overrides):
+    del overrides
+    if not FLAGS.folder:
+        raise UserError("--folder is missing: give the folder of results, such as --folder=lm/reporting/results")
+    from configs._results import OPENING, SECTIONS
+    from lm.files import check_writable
+    from lm.reporting.results import keep, read_kept, run_path, write_page
+
+    folder = pathlib.Path(FLAGS.folder)
+    check_writable(folder / "README.md")
+    rows = {row.path: row for section in SECTIONS for row in section.rows}
+    if not any(FLAGS.only in path for path in rows):
+        raise UserError(f"--only={FLAGS.only} is in the path of no row; there are {', '.join(rows)}")
+    runs = {}
+    for row in rows.values():
+        for seed in row.seeds:
+            draft = command.load_config(row.config, [*row.overrides, f"--config.seed={seed}"])
+            if FLAGS.workdir and FLAGS.only in row.path and read_kept(folder, row, seed, draft) is None:
+                workdir = run_path(pathlib.Path(FLAGS.workdir), row, seed)
+                _train_and_score(row, draft, workdir)
+                keep(workdir, run_path(folder, row, seed), draft)
+            found = read_kept(folder, row, seed, draft)
+            if found is not None:
+                runs.setdefault(row.path, []).append(found)
+    page = write_page(folder, OPENING, SECTIONS, runs)
+    left = [path for path in rows if path not in runs]
+    print(f"page: {page}; {len(rows) - len(left)} of {len(rows)} rows are there")
+    return {"page": str(page), "left": left}
+
+
+def _train_and_score(row, draft, workdir):
+    from launch import console
+    from lm import backend
+    from lm.evaluation.evaluate import evaluate_run
+    from lm.evaluation.variants import PLAIN
+    from lm.runs.open import open_run
+
+    backend.start()
+    if FLAGS.data_path:
+        draft = dataclasses.replace(draft, data=dataclasses.replace(draft.data, path=FLAGS.data_path))
+    label = f"{row.path}/{workdir.name}"
+    console.train_shown(draft, str(workdir), label)
+    for step in ("best", "latest") if row.last_epoch else ("best",):
+        run = open_run(str(workdir), step)
+        for variant in (PLAIN, *row.variants) if step == "best" else (PLAIN,):
+            scores = {split: evaluate_run(run, split, variant=variant) for split in ("valid", "test")}
+            print(
+                f"{label}, {step}{variant.ending}: perplexity valid {scores['valid']['perplexity']:.2f}, "
+                f"test {scores['test']['perplexity']:.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    command.run(main, __doc__, resumes=True)

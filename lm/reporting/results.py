@@ -1,0 +1,250 @@
+"""The page of results: kept runs beside what was published, beside each other, and with one part of the recipe left out."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import statistics
+import typing
+from collections.abc import Mapping, Sequence
+
+from lm.config import Config, differences
+from lm.config.stored import from_json
+from lm.errors import UserError
+from lm.evaluation.variants import Variant
+from lm.files import read_json, write_atomically, write_json
+from lm.reporting.plots import learning_curves
+from lm.reporting.runs import Run, read_run
+from lm.reporting.table import MISSING, comparison_table, duration, figures, result, scored_context
+
+NOT_YET_RUN = "not yet run"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A model of the tables, and how it comes about.
+
+    Attributes:
+      path: where its runs are kept in the folder of results; unique.
+      name: in the tables.
+      config, overrides: as launch.train takes them.
+      seeds: one run each; tables show the median.
+      paper: where figures of it were published.
+      published: valid and test by way of scoring: "" as trained, "dynamic", "cache"; in the section's measure.
+      variants: further ways of scoring, whose settings were chosen on valid.
+      last_epoch: whether the paper reports its last epoch, which is then scored beside the best on valid.
+    """
+
+    path: str
+    name: str
+    config: str
+    overrides: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    paper: str | None = None
+    published: Mapping[str, tuple[float | None, float | None]] = dataclasses.field(default_factory=dict)
+    variants: tuple[Variant, ...] = ()
+    last_epoch: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A table with its heading.
+
+    Attributes:
+      title, text: what stands above it.
+      kind: "published", beside the papers' figures; "equal", models that share parameters and tokens, with their learning
+        curves; "parts", the first row whole and the others without one part each.
+      measure: "perplexity" or "bits per character".
+    """
+
+    title: str
+    text: str
+    kind: str
+    rows: tuple[Row, ...]
+    measure: str = "perplexity"
+
+
+def run_path(folder: pathlib.Path, row: Row, seed: int) -> pathlib.Path:
+    """Where the small files of a run are kept."""
+    return folder / row.path / f"seed_{seed}"
+
+
+def keep(workdir: pathlib.Path, kept: pathlib.Path, draft: Config) -> None:
+    """Keeps the small files of a finished run: config, environment, metrics and figures, without paths of the machine.
+
+    Args:
+      workdir: the run.
+      kept: the folder to make.
+      draft: the config as the row gives it, whose paths stand for those of the machine.
+    """
+    run, saved = read_run(workdir), read_json(workdir / "config.json", "")
+    for form in ("given", "resolved"):
+        saved[form]["data"] |= {name: getattr(draft.data, name) for name in ("path", "cache_dir", "prepared")}
+    for name, evaluation in run.evaluations.items():
+        write_json(kept / "evaluation" / f"{name}.json", {**evaluation, "text": pathlib.Path(evaluation["text"]).name})
+    lines = [*run.train_lines, *run.valid_lines]
+    write_atomically(kept / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_json(kept / "environment.json", {name: value for name, value in run.environment.items() if name != "command"})
+    write_json(kept / "config.json", saved)  # last: what has one is whole
+
+
+def read_kept(folder: pathlib.Path, row: Row, seed: int, draft: Config) -> Run | None:
+    """A kept run; None if there is none.
+
+    Args:
+      draft: the config that the row gives today.
+
+    Raises:
+      UserError: it was made with another config.
+    """
+    path = run_path(folder, row, seed)
+    if not (path / "config.json").exists():
+        return None
+    then = from_json(read_json(path / "config.json", "")["given"])
+    changed = differences(then, draft)
+    if then.training.num_steps != draft.training.num_steps:
+        changed.append(f"training.num_steps: {then.training.num_steps} then, {draft.training.num_steps} now")
+    if changed:
+        raise UserError(f"{path} was made with another config ({'; '.join(changed)}): remove it and run the row again")
+    return read_run(path, row.name)
+
+
+def write_page(
+    folder: pathlib.Path, opening: str, sections: Sequence[Section], runs: Mapping[str, Sequence[Run]]
+) -> pathlib.Path:
+    """Writes README.md and the plots; returns the page's path.
+
+    Args:
+      opening: what stands above the sections.
+      runs: by the path of their row; of a row that has none, the tables say that it is not yet run.
+    """
+    lines = ["# Results", "", *opening.splitlines(), ""]
+    for section in sections:
+        found = {row.path: tuple(runs.get(row.path, ())) for row in section.rows}
+        lines += [f"## {section.title}", "", *section.text.splitlines(), "", *_TABLES[section.kind](section, found), ""]
+        first = [found[row.path][0] for row in section.rows if found[row.path]]
+        if section.kind == "equal" and first:
+            plot = f"{re.sub(r'[^a-z0-9]+', '_', section.title.lower()).strip('_')}.png"
+            learning_curves(first, "perplexity").savefig(folder / plot, dpi=120)
+            lines += [f"![Valid perplexity against tokens seen and against training time]({plot})", ""]
+    write_atomically(folder / "README.md", "\n".join(lines).rstrip() + "\n")
+    return folder / "README.md"
+
+
+class _Way(typing.NamedTuple):
+    """Runs of one row, all scored in one way."""
+
+    kind: str  # "" as trained, "last epoch", or what the model adapts by: "dynamic", "cache"; as in `Row.published`
+    label: str  # with its settings
+    tests: list[dict]
+    valids: list[dict]
+
+
+def _ways(runs: Sequence[Run]) -> list[_Way]:
+    """How the runs were scored on test, each way once, as trained first."""
+    found = {}
+    for run in runs:
+        for name, test in run.evaluations.items():
+            split, _, ending = name.partition(".")
+            if split != "test":
+                continue
+            kind, label = _how(test["protocol"]) if not ending.startswith("step-") else ("last epoch",) * 2
+            way = found.setdefault(label, _Way(kind, label, [], []))
+            way.tests.append(test)
+            way.valids.append(run.evaluation(f"valid{name.removeprefix('test')}"))
+    return [found[label] for label in sorted(found)]
+
+
+def _how(protocol):
+    """Of a way of scoring: its kind, and its settings in words."""
+    extras = {**(protocol["adaptation"] or {}), **{name: protocol.get(name) for name in ("dropout_samples", "temperature")}}
+    extras = {name: settings for name, settings in extras.items() if settings is not None}
+    words = [
+        f"{name.replace('_', ' ')} {', '.join(map(str, settings.values())) if isinstance(settings, dict) else settings}"
+        for name, settings in extras.items()
+    ]
+    return next(iter(extras), ""), "; ".join(words)
+
+
+def _published(section, runs):
+    """Ours beside the papers', a line for each way of scoring."""
+    lines = _head("model", "parameters", "published", "valid", "test", "scored", "training", "seeds", "config")
+    for row in section.rows:
+        ways = _ways(runs[row.path])
+        reached = {way.kind for way in ways}
+        wanted = row.published or ([""] if not ways else [])
+        for way in [*ways, *(_Way(kind, kind, [], []) for kind in wanted if kind not in reached)]:
+            paper = " / ".join(MISSING if value is None else str(value) for value in row.published.get(way.kind, ()))
+            lines.append(
+                _line(
+                    ", ".join(filter(None, (row.name, way.label))),
+                    f"{statistics.median(run.num_params for run in runs[row.path]):,.0f}" if runs[row.path] else MISSING,
+                    f"{paper} ({row.paper})" if paper else MISSING,
+                    *(_spread(found, section.measure) for found in (way.valids, way.tests)),
+                    scored_context(way.tests[0]["protocol"]) if way.tests else MISSING,
+                    _training(runs[row.path]),
+                    ", ".join(map(str, row.seeds[: len(way.tests)])) or MISSING,
+                    f"`{' '.join((row.config, *row.overrides))}`",
+                )
+            )
+    return lines
+
+
+def _equal(section, runs):
+    """Models beside each other, and which are not yet run."""
+    there = [runs[row.path][0] for row in section.rows if runs[row.path]]
+    lines = comparison_table(there).markdown().splitlines() if there else []
+    missing = [row.name for row in section.rows if not runs[row.path]]
+    return [*lines, *[""][: len(lines)], f"Not yet run: {', '.join(missing)}."] if missing else lines
+
+
+def _parts(section, runs):
+    """What leaving a part out costs, in nats per token of valid and of test."""
+    lines = _head("model", "valid", "test", "cost on valid", "cost on test", "config")
+    whole = runs[section.rows[0].path]
+    for row in section.rows:
+        scores = [[run.evaluation(split) for run in runs[row.path]] for split in ("valid", "test")]
+        costs = [MISSING, MISSING]
+        if whole and runs[row.path] and row != section.rows[0]:
+            costs = [
+                f"{statistics.median(_losses(found)) - statistics.median(run.evaluation(split)['loss'] for run in whole):+.4f}"
+                for split, found in zip(("valid", "test"), scores, strict=True)
+            ]
+        cells = [_spread(found, section.measure) for found in scores]
+        lines.append(_line(row.name, *cells, *costs, f"`{' '.join((row.config, *row.overrides))}`"))
+    return lines
+
+
+_TABLES = {"published": _published, "equal": _equal, "parts": _parts}
+
+
+def _losses(scores):
+    return [score["loss"] for score in scores]
+
+
+def _spread(scores, measure):
+    """The median over seeds, and the lowest and highest of several."""
+    if not scores:
+        return NOT_YET_RUN
+    values = [math.exp(loss) if measure == "perplexity" else loss / math.log(2) for loss in _losses(scores)]
+    decimals = 2 if measure == "perplexity" else 3
+    middle = f"**{result(statistics.median(values), decimals)}**"
+    return middle if len(values) == 1 else f"{middle} ({result(min(values), decimals)} to {result(max(values), decimals)})"
+
+
+def _training(runs):
+    """Time and place, the place once for runs of one."""
+    if not runs:
+        return MISSING
+    seconds = statistics.median(figures(run)["train_seconds"] for run in runs)
+    places = {f"{run.environment['hardware']}, {run.environment['date'][:10]}" for run in runs}
+    return f"{duration(seconds)}; {'; '.join(sorted(places))}"
+
+
+def _head(*columns):
+    return [_line(*columns), _line(*["---"] * len(columns))]
+
+
+def _line(*cells):
+    return f"| {' | '.join(cells)} |"
