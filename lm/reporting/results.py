@@ -184,7 +184,7 @@ def _published(section, runs):
                     *(_spread(found, section.measure) for found in (way.valids, way.tests)),
                     scored_context(way.tests[0]["protocol"]) if way.tests else MISSING,
                     _training(runs[row.path]),
-                    ", ".join(map(str, row.seeds[: len(way.tests)])) or MISSING,
+                    ", ".join(str(run.config["seed"]) for run in runs[row.path]) if way.tests else MISSING,
                     f"`{' '.join((row.config, *row.overrides))}`",
                 )
             )
