@@ -7,7 +7,7 @@ The paper sums the loss over the 20 steps of a row and averages over rows: its l
 
 Perplexity on test at the last epoch: 114.50, 114.24 and 114.14 with seeds 0, 1 and 2; of the checkpoint that is best on valid:
 115.10, 114.24 and 113.66. Seed 0 trained for 1,318 s on two CPU cores, the others side by side on one core each (2,489 and
-2,468 s; 2026-11-25, Intel Xeon, Python 3.11, JAX 0.10.2). On two cores of an AMD EPYC seed 0 took 906 s and had 113.46 at the last
+2,468 s; 2026-11-25, Intel Xeon, Python 3.11, JAX 0.10.2). On two cores of an AMD EPYC seed 0 took 906 s: 113.46 at the last
 epoch, 114.41 at the best (2026-11-26).
 """
 
