@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, corpus_of, draft, refused, write_corpus
 
-from lm.benchmark import benchmark as benchmarks, torch_peer
+from lm.benchmark import benchmark as benchmarks, torch_models, torch_peer
 from lm.benchmark.benchmark import benchmark
 from lm.benchmark.flops import TRAINING, forward_flops_per_token
 from lm.benchmark.workers import Worker
@@ -135,8 +135,8 @@ def test_first_loss_and_two_updates_are_those_of_the_peer(architecture, fields):
         trainer.close()
         peer.close()
 
-    before = torch_peer.state_dict(params, config.model)
-    ours = torch_peer.state_dict(placement.get_state(trainer.state.params), config.model)
+    before = torch_models.state_dict(params, config.model)
+    ours = torch_models.state_dict(placement.get_state(trainer.state.params), config.model)
     theirs = {name: value.numpy() for name, value in peer.model.state_dict().items()}
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():

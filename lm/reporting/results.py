@@ -8,11 +8,11 @@ import re
 import statistics
 import typing
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lm.config import Config, differences
 from lm.config.stored import from_json
 from lm.errors import UserError
-from lm.evaluation.variants import Variant
 from lm.files import read_json, write_atomically, write_json
 from lm.reporting.plots import learning_curves
 from lm.reporting.runs import Run, read_run
@@ -32,7 +32,7 @@ class Row:
       seeds: one run each; tables show the median.
       paper: where figures of it were published.
       published: valid and test by way of scoring: "" as trained, "dynamic", "cache"; in the section's measure.
-      variants: further ways of scoring, whose settings were chosen on valid.
+      variants: further ways of scoring (lm.evaluation.variants.Variant), whose settings were chosen on valid.
       last_epoch: whether the paper reports its last epoch, which is then scored beside the best on valid.
     """
 
@@ -43,7 +43,7 @@ class Row:
     seeds: tuple[int, ...] = (0,)
     paper: str | None = None
     published: Mapping[str, tuple[float | None, float | None]] = dataclasses.field(default_factory=dict)
-    variants: tuple[Variant, ...] = ()
+    variants: tuple[Any, ...] = ()
     last_epoch: bool = False
 
 
