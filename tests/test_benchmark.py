@@ -170,6 +170,36 @@ def test_the_peer_that_generates_carries_what_we_see_at_once(architecture, field
         np.testing.assert_allclose(logits_BTV[:, 0].detach(), ours_BTV[:, t], rtol=1e-5, atol=2e-6)
 
 
+def test_the_peer_of_awd_lstm_drops_what_ours_drops():
+    """Words, locked rows of time and the recurrent matrix: each of them alone, seen in what comes out."""
+    torch = pytest.importorskip("torch")
+    rates = ["word_dropout_rate", "embedding_dropout_rate", "dropout_rate", "output_dropout_rate", "weight_drop_rate"]
+    corpus = corpus_of(np.random.default_rng(0).integers(0, V, 400), V)
+    text_BT = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(0))
+    for rate in [None, *rates]:
+        fields = {f"model__{name}": 0.5 if name == rate else 0.0 for name in rates}
+        config = resolve(draft_of("lstm", **RECURRENT, **UNEQUAL, **fields, model__variational_dropout=True))
+        experiment = experiment_of(config, corpus)
+        source, params = batches(config, corpus), initialise(experiment.model, config.seed)
+        trainer = workload("train", experiment, Placement(1), Generation())
+        peer = torch_peer.peer("train", config, V, params, source, np.ones(1), Generation())
+        try:
+            trainer.run(1)
+            assert peer.first_loss() == pytest.approx(trainer.first_loss(), abs=1e-6)  # without dropout
+            assert peer.model.training
+            dropped_BTV, kept_BTV = peer.model(text_BT, None)[0], peer.model.eval()(text_BT, None)[0]
+            assert torch.equal(dropped_BTV, kept_BTV) == (rate is None)
+            peer.model.train()
+            peer.run(2)
+        finally:
+            trainer.close()
+            peer.close()
+    ones_BTD = torch.ones((2, 9, 40))
+    locked_BTD = peer.model.drop(ones_BTD, 0.5)
+    assert torch.equal(locked_BTD, locked_BTD[:, :1].expand_as(locked_BTD))  # one mask for all steps
+    assert not torch.equal(locked_BTD[0], locked_BTD[1]) and set(locked_BTD.unique().tolist()) == {0.0, 2.0}
+
+
 @pytest.mark.parametrize("mode", ["evaluate", "generate"])
 def test_first_losses_of_other_modes_are_the_first_training_loss(mode):
     """One model from one seed, whatever is measured of it; units are counted in tokens."""
@@ -240,9 +270,10 @@ def test_a_peer_with_another_first_loss_is_refused():
         ("lstm", {"num_devices": 999}, ["config.num_devices is 999"]),
         (
             "lstm",
-            {"model__dropout_rate": 0.2, "model__weight_drop_rate": 0.5},
-            ["dropout must be off", "set --config.model.dropout_rate=0, --config.model.weight_drop_rate=0"],
+            {"model__dropout_rate": 0.2, "model__state_dropout_rate": 0.5},
+            ["no such dropout (lstm)", "set --config.model.state_dropout_rate=0"],
         ),
+        ("transformer", {"model__dropout_rate": 0.2}, ["no such dropout (transformer)", "set --config.model.dropout_rate=0"]),
         ("lstm", {"optimizer__name": "lion"}, ["config.optimizer.name is 'lion'", "use one of sgd, momentum, adam, adamw"]),
         ("lstm", {"optimizer__name": "momentum", "optimizer__weight_decay": 0.1}, ["set it to 0 or use adamw"]),
         ("transformer", {"data__order": "stream", "model__attention_window": 4}, ["set --config.data.order=windows"]),

@@ -23,15 +23,21 @@ def _layer_dims(model: ModelConfig) -> tuple[int, ...]:
 
 
 def _modules(model: ModelConfig) -> list[tuple[int, int]]:
-    """(width, layers) of each torch module: one for all layers if they are equally wide, else one each."""
+    """(width, layers) of each torch module: one for all layers if they are equally wide and nothing is dropped in them or between
+    them, else one each."""
     layer_dims = _layer_dims(model)
-    return [(layer_dims[0], len(layer_dims))] if len(set(layer_dims)) == 1 else [(width, 1) for width in layer_dims]
+    joined = len(set(layer_dims)) == 1 and not model.dropout_rate and not model.weight_drop_rate
+    return [(layer_dims[0], len(layer_dims))] if joined else [(width, 1) for width in layer_dims]
 
 
 def _recurrent(config, vocab_size):
+    import torch
     from torch import nn
+    from torch.nn import functional as F
 
     model = config.model
+    rates = [model.embedding_dropout_rate, *[model.dropout_rate] * (len(_modules(model)) - 1), model.output_dropout_rate]
+    recurrence = getattr(torch, f"rnn_{model.activation}" if model.architecture == "rnn" else model.architecture)
     options = {"nonlinearity": model.activation} if model.architecture == "rnn" else {}
     kind = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}[model.architecture]
 
@@ -51,12 +57,34 @@ def _recurrent(config, vocab_size):
         def empty_state(self, num_samples):
             return None
 
+        def drop(self, x_BTD, rate):
+            """Dropout; a variational mask is one for all steps."""
+            if not self.training or not rate:
+                return x_BTD
+            if not model.variational_dropout:
+                return F.dropout(x_BTD, rate)
+            return x_BTD * F.dropout(torch.ones_like(x_BTD[:, :1]), rate)
+
+        def recur(self, layers, x_BTD, before):
+            """A module's layers; with weight drop, its one layer on a matrix of which a part is zero."""
+            if not self.training or not model.weight_drop_rate:
+                return layers(x_BTD, before)
+            weights = [layers.weight_ih_l0, F.dropout(layers.weight_hh_l0, model.weight_drop_rate)]
+            weights += [layers.bias_ih_l0, layers.bias_hh_l0]
+            if before is None:
+                empty_1BH = x_BTD.new_zeros((1, len(x_BTD), layers.hidden_size))
+                before = (empty_1BH, empty_1BH) if model.architecture == "lstm" else empty_1BH
+            hidden_BTH, *last = recurrence(x_BTD, before, weights, True, 1, 0.0, True, False, True)
+            return hidden_BTH, tuple(last) if model.architecture == "lstm" else last[0]
+
         def forward(self, inputs_BT, state):
-            hidden_BTD, after = self.embedding(inputs_BT), []
-            for layers, before in zip(self.stack, state or [None] * len(self.stack), strict=True):
-                hidden_BTD, last = layers(hidden_BTD, before)
+            x_BTD, after = self.embedding(inputs_BT), []
+            if self.training and model.word_dropout_rate:
+                x_BTD = x_BTD * F.dropout(x_BTD.new_ones((vocab_size, 1)), model.word_dropout_rate)[inputs_BT]
+            for layers, rate, before in zip(self.stack, rates, state or [None] * len(self.stack), strict=False):
+                x_BTD, last = self.recur(layers, self.drop(x_BTD, rate), before)
                 after.append(last)
-            return self.output(hidden_BTD), after
+            return self.output(self.drop(x_BTD, rates[-1])), after
 
     built = RecurrentLanguageModel()
     for layers in built.stack:

@@ -14,7 +14,7 @@ import numpy as np
 
 from lm.benchmark import torch_models
 from lm.benchmark.workloads import Generation, run_on
-from lm.config import Config
+from lm.config import RECURRENT, Config, dropout_rates
 from lm.data.batches import Batch, BatchSource
 from lm.data.prefetch import prefetch
 from lm.errors import UserError
@@ -30,10 +30,12 @@ def check(draft: Config, config: Config, mode: str) -> None:
       config: the draft, resolved.
       mode: what is measured, "train", "evaluate" or "generate".
     """
-    rates = [name for name, value in vars(draft.model).items() if name.endswith("_rate") and value]
+    rates = dropout_rates(draft.model)
+    if config.model.architecture in RECURRENT:
+        rates = [name for name in rates if name == "state_dropout_rate"]
     if rates and mode == "train":
         raise UserError(
-            "--against=torch compares the first losses of both, for which dropout must be off; set "
+            f"--against=torch has no such dropout ({config.model.architecture}); set "
             + ", ".join(f"--config.model.{name}=0" for name in rates)
         )
     settings = config.optimizer
@@ -130,12 +132,17 @@ class Peer:
         raise NotImplementedError
 
     def first_loss(self) -> float:
-        """Nats per token of the first batch, without a step."""
+        """Nats per token of the first batch, without a step and without dropout."""
         import torch
 
         inputs_BT, targets_BT, _ = self._on_device(self._source.batch(0, slice(None)))
-        with torch.no_grad():
-            return float(self._nll(*self._forward(inputs_BT, None), targets_BT)[0])
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return float(self._nll(*self._forward(inputs_BT, None), targets_BT)[0])
+        finally:
+            self.model.train(was_training)
 
     def _forward(self, inputs_BT, state):
         import torch
@@ -221,6 +228,7 @@ class EvaluationPeer(Peer):
     def __init__(self, *args, **options):
         """Like Peer."""
         super().__init__(*args, **options)
+        self.model.eval()
         self._state = None
         self._batches = self._ahead()
 
@@ -248,6 +256,7 @@ class GeneratingPeer(Peer):
     def __init__(self, *args, generation: Generation, **options):
         """Like Peer."""
         super().__init__(*args, length=generation.num_tokens, **options)
+        self.model.eval()
         self._generation, self._eos = generation, self._source.eos
 
     def run(self, num_units: int) -> tuple[float, float]:

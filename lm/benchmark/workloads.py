@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from lm.config import Config, resolve
+from lm.config import Config, dropout_rates, resolve
 from lm.data.batches import batches
 from lm.data.prefetch import prefetch
 from lm.errors import UserError
@@ -135,8 +135,8 @@ class Training:
         state = initial_state(initialise(model, config.seed), optimizer, config.training)
         carry = model.initial_carry(config.data.batch_size) if source.carries else None
         self.state, self._carry = placement.put_state(state), placement.put_rows(carry)
-        self._placement = placement
-        self._first_loss: float | None = None
+        self._experiment, self._placement = experiment, placement
+        self._first, self._first_loss = source.batch(0, slice(None)), None
 
         def batch(step):
             return placement.put_rows(source.batch(step, slice(None)))
@@ -150,13 +150,21 @@ class Training:
         for rows in batches:
             self.state, self._carry = self._step(self.state, self._carry, rows)
             if self._first_loss is None:
-                self._first_loss = self._mean_loss()
+                self._first_loss = self._loss_without_dropout() or self._mean_loss()
         jax.block_until_ready((self.state, self._carry))
 
     def first_loss(self) -> float:
         self._mean_loss()  # of all steps so far
         assert self._first_loss is not None
         return self._first_loss
+
+    def _loss_without_dropout(self):
+        """Scored, as a peer's is, since both draw what they drop otherwise; None where nothing is dropped."""
+        model = self._experiment.model
+        if not dropout_rates(self._experiment.config.model):
+            return None
+        params = self._placement.put_state(initialise(model, self._experiment.config.seed))
+        return first_loss(neural_scorer(model, self._placement)(params), self._first)
 
     def _mean_loss(self):
         sums = self._placement.get_state(self.state.log_sums)

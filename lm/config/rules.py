@@ -212,6 +212,11 @@ def _resolve_transformer(model):
         model.mlp_dim = default_mlp_dim(model)
 
 
+def dropout_rates(model: ModelConfig) -> list[str]:
+    """Names of the fields by which the model drops something in training."""
+    return [name for name, value in vars(model).items() if name.endswith("_rate") and value]
+
+
 def default_mlp_dim(model: ModelConfig) -> int:
     """Four times the width; two thirds of that for SwiGLU, which has three matrices (Shazeer 2020, arXiv:2002.05202)."""
     return model.hidden_dim * 4 if model.activation != "swiglu" else math.ceil(model.hidden_dim * 8 / 3)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lm.config import replaced
+from lm.config import dropout_rates, replaced
 from lm.data import corpus, sources, tokenizers
 from lm.errors import UserError
 from lm.evaluation.perplexity import Layout, figures, token_losses
@@ -221,8 +221,7 @@ def _check_variant(run, variant, layout):
             "--dynamic and --cache_window follow one stream of text, but this run is scored in windows of "
             f"{layout.context} tokens; they need a model that carries its state, and no --context"
         )
-    rates = [value for name, value in vars(run.config.model).items() if name.endswith("_rate") and value]
-    if variant.dropout_samples and not rates:
+    if variant.dropout_samples and not dropout_rates(run.config.model):
         raise UserError("--dropout_samples is set, but this run was trained without dropout, so all samples would be the same")
 
 
