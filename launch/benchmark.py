@@ -5,7 +5,7 @@ same batches, --mode=generate samples texts. Tells the time to the first step, w
 start; tokens per second over some rounds; what share of it was waiting for data; peak memory; and what share of a big
 matmul's speed on this machine the model's arithmetic comes to. With --against=torch the same model runs in PyTorch, from
 the same parameters on the same batches, in a process of its own and in turns with ours: as its users start it and, on a
-CPU, once more with our allocator settings.
+CPU, once more with our allocator settings. With --against=scan it is a plain lax.scan over time that stands beside ours.
 """
 
 import pathlib
@@ -20,7 +20,9 @@ flags.DEFINE_string(
     "config", None, "a config file, such as configs/compare/lstm.py; `:runlocal=1` behind it makes a trial of seconds"
 )
 flags.DEFINE_enum("mode", "train", ["train", "evaluate", "generate"], "what is measured")
-flags.DEFINE_enum("against", None, ["torch"], "also run the same in this library, in turns (extra: peers)")
+flags.DEFINE_enum(
+    "against", None, ["torch", "scan"], "also run the same in PyTorch (extra: peers), or as a plain lax.scan, in turns"
+)
 flags.DEFINE_integer(
     "vocab_size",
     None,
@@ -98,14 +100,14 @@ def report(result):
     for allocator, peer in (result["against"] or {"allocators": {}})["allocators"].items():
         rows += [
             (
-                f"torch {peer['torch']}",
-                f"{_rate(peer['tokens_per_second'])}; {'torch.compile' if peer['compiled'] else 'eager'}, {peer['num_threads']} "
-                f"threads, {allocator} allocator; first losses {result['first_loss']:.5f} and {peer['first_loss']:.5f}",
+                "torch" if peer["library"].startswith("torch") else "lax.scan",
+                f"{_rate(peer['tokens_per_second'])}; {peer['library']}, {'compiled' if peer['compiled'] else 'eager'}, "
+                f"{allocator} allocator; first losses {result['first_loss']:.5f} and {peer['first_loss']:.5f}",
             ),
             ("  its memory", _memory(peer["memory"])),
             (
                 "  ratio",
-                f"{peer['ratio']['median']:.2f} times torch, median of {result['rounds']} pairs of rounds: "
+                f"{peer['ratio']['median']:.2f} times that, median of {result['rounds']} pairs of rounds: "
                 + ", ".join(f"{ratio:.2f}" for ratio in peer["ratio"]["rounds"]),
             ),
         ]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, corpus_of, draft, refused, write_corpus
 
-from lm.benchmark import benchmark as benchmarks, torch_models, torch_peer
+from lm.benchmark import benchmark as benchmarks, scan_peer, torch_models, torch_peer
 from lm.benchmark.benchmark import benchmark
 from lm.benchmark.flops import TRAINING, forward_flops_per_token
 from lm.benchmark.workers import Worker
@@ -168,6 +168,64 @@ def test_the_peer_that_generates_carries_what_we_see_at_once(architecture, field
     for t in range(9):
         logits_BTV, state = peer.model(torch.from_numpy(text_BT[:, t : t + 1]).long(), state)
         np.testing.assert_allclose(logits_BTV[:, 0].detach(), ours_BTV[:, t], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "architecture, fields",
+    [
+        ("rnn", RECURRENT | UNEQUAL | dict(model__activation="relu")),
+        ("gru", RECURRENT | dict(optimizer__weight_decay=0.1, optimizer__warmup_steps=3)),
+        ("lstm", RECURRENT | dict(model__num_layers=2)),
+    ],
+)
+def test_first_loss_and_two_updates_are_those_of_a_plain_scan(architecture, fields):
+    config, placement = resolve(draft_of(architecture, **fields)), Placement(1)
+    corpus = corpus_of(np.random.default_rng(0).integers(0, V, 400), V)
+    experiment = experiment_of(config, corpus)
+    trainer = workload("train", experiment, placement, Generation())
+    peer = scan_peer.ScanPeer(config, initialise(experiment.model, config.seed), batches(config, corpus))
+    try:
+        trainer.run(2)
+        assert peer.first_loss() == pytest.approx(trainer.first_loss(), abs=1e-6)
+        peer.run(2)
+    finally:
+        trainer.close()
+        peer.close()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), peer.params, trainer.state.params)
+
+
+def test_a_plain_scan_drops_states_as_ours_does():
+    """The first loss is without dropout, the steps are with it: another rate ends in other parameters."""
+    ends = []
+    for rate in (0.0, 0.5):
+        config = resolve(draft_of("lstm", **RECURRENT, model__state_dropout_rate=rate))
+        corpus = corpus_of(np.random.default_rng(0).integers(0, V, 400), V)
+        experiment = experiment_of(config, corpus)
+        trainer = workload("train", experiment, Placement(1), Generation())
+        peer = scan_peer.ScanPeer(config, initialise(experiment.model, config.seed), batches(config, corpus))
+        try:
+            trainer.run(1)
+            assert peer.first_loss() == pytest.approx(trainer.first_loss(), abs=1e-6)
+            peer.run(2)
+        finally:
+            trainer.close()
+            peer.close()
+        ends.append(peer.params["stack"]["layer_0"]["recurrent_kernel"])
+    assert np.abs(ends[0] - ends[1]).max() > 1e-4  # a hundred times their rounding
+
+
+@pytest.mark.parametrize(
+    "architecture, fields, mode, parts",
+    [
+        ("lstm", {}, "generate", ["--against=scan measures training, not --mode=generate"]),
+        ("transformer", {}, "train", ["'transformer', which is no plain recurrence", "rnn, gru, lstm"]),
+        ("lstm", {"model__weight_drop_rate": 0.5}, "train", ["config.model.weight_drop_rate is set", "leave it open"]),
+        ("lstm", {"training__label_smoothing": 0.1}, "train", ["config.training.label_smoothing is set"]),
+    ],
+)
+def test_what_a_plain_scan_cannot_do_is_refused(architecture, fields, mode, parts):
+    with refused(*parts):
+        benchmark(Task(draft_of(architecture, **fields), mode), against="scan")
 
 
 def test_the_peer_of_awd_lstm_drops_what_ours_drops():

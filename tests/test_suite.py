@@ -48,7 +48,7 @@ def result(number, name, model, speed, against=None, floor=None, mode="train", a
 def peer(speed, ratio, compiled=False):
     memory = {"host_peak_bytes": 700 * 2**20, "host_peak_bytes_before": 1}
     return {
-        "torch": "2.13",
+        "library": "torch 2.13",
         "tokens_per_second": {"median": speed},
         "ratio": {"median": ratio},
         "compiled": compiled,
@@ -73,11 +73,13 @@ def test_the_page_says_what_the_files_say(tmp_path):
         ),
     ]
     write(tmp_path, results)
+    scanned = result(9, "GRU", "gru", 1_550, {"name": "scan", "allocators": {"system": peer(500, 3.1, compiled=True)}}, 3.0)
     suite = [*(found["measurement"] | {"mode": found["mode"]} for found in results)]
     suite += [
         {"name": "generate: LSTM", "mode": "generate", "axis": None, "floor": 3.0},
         {"name": "batch size 4: gru", "mode": "train", "axis": "batch size", "floor": None},
     ]
+    assert "| GRU | 1,550 | 500 (lax.scan) | **3.10** | 3.00 |  |  | 509 MiB, 700 MiB | 42% |" in page.table([scanned])
     text = page.write_page(tmp_path, "Speed", suite, "python -m this").read_text()
     assert text.startswith("# Speed\n\n`python -m this`\n\n## Training\n")
     assert "| LSTM | not yet measured |  |  | 3.00 |  |  |  |  |" in text.splitlines()
@@ -88,7 +90,7 @@ def test_the_page_says_what_the_files_say(tmp_path):
     assert text.index("## Training") < text.index("## Evaluation") < text.index("## By batch size")
     assert "![Tokens per second and peak memory by batch size](batch_size.png)" in text
     assert (tmp_path / "batch_size.png").stat().st_size > 1000
-    assert "- Abacus, 2 cores; Python 3.11, JAX 0.10, PyTorch 2.13; 2026-01-01 to 2026-01-01" in text.splitlines()
+    assert "- Abacus, 2 cores; Python 3.11, JAX 0.10, torch 2.13; 2026-01-01 to 2026-01-01" in text.splitlines()
 
 
 def test_curves_draw_each_architecture_over_what_is_varied():

@@ -13,7 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from lm.backend import keep_freed_memory, start
-from lm.benchmark import torch_peer
+from lm.benchmark import scan_peer, torch_peer
 from lm.benchmark.flops import TRAINING, forward_flops_per_token
 from lm.benchmark.machine import SquareMatmul, busy_cores, host_peak_bytes, spread
 from lm.benchmark.workers import Worker
@@ -26,6 +26,7 @@ from lm.parallel import device_summary, peak_bytes, place
 from lm.runs.folder import environment
 from lm.training import optimizer as optimizers
 
+_PEERS = {"torch": torch_peer, "scan": scan_peer}
 ALLOCATORS = ("tuned", "system")
 _WARM_UP = 5  # units after the first that are done before anything is measured
 _ROUND_SECONDS = 2.0
@@ -47,8 +48,8 @@ def benchmark(
 
     Args:
       task: what is measured.
-      against: "torch" or None. Its rounds and ours take turns, and which goes first changes. On a CPU where our allocator is
-        tuned it runs twice: as its users start it, and with the same allocator.
+      against: "torch", "scan" (a plain lax.scan) or None. Its rounds and ours take turns, and which goes first changes. On a
+        CPU where our allocator is tuned it runs twice: as its users start it, and with the same allocator.
       steps: units of a round (training steps, scored batches, generated texts); None: as many of ours as fill two seconds.
       allocator: one of ALLOCATORS; see `lm.backend.start`.
       compile_peer: let the peer try torch.compile, and keep what is faster.
@@ -68,8 +69,8 @@ def benchmark(
         raise UserError("config.model.architecture is 'ngram', which is counted in one pass and has nothing to measure here")
     if config.data.seq_len_std is not None:
         raise UserError("config.data.seq_len_std is set, but steps of one length are measured here; leave it open")
-    if against == "torch":
-        torch_peer.check(task.draft, config, task.mode)
+    if against is not None:
+        _PEERS[against].check(task.draft, config, task.mode)
     with tempfile.TemporaryDirectory() as name:
         scratch = pathlib.Path(name)
         ours = functools.partial(Worker, OurSide, task, allocator, scratch)
@@ -126,13 +127,15 @@ def _start_peers(stack, ours, facts, first_loss, against, compile_peer, scratch)
     """Workers and what is known of them by the name of their allocator."""
     platform, workers, peers = facts["environment"]["platform"], {}, {}
     if facts["environment"]["num_devices"] > 1:
-        raise UserError("--against=torch compares on one device, but JAX uses several; set --config.num_devices=1")
-    if platform not in ("cpu", "gpu"):
+        raise UserError(f"--against={against} compares on one device, but JAX uses several; set --config.num_devices=1")
+    if against == "torch" and platform not in ("cpu", "gpu"):
         raise UserError(f"--against=torch compares on a CPU or a GPU, but JAX uses {platform}; set JAX_PLATFORMS=cpu")
     exported = ours.call("export", scratch)
     for allocator in ALLOCATORS[::-1] if platform == "cpu" and facts["allocator"] == "tuned" else ("system",):
-        arguments = (*exported, allocator, compile_peer, platform)
-        worker = stack.enter_context(Worker(TorchSide, *arguments, environment={"JAX_PLATFORMS": "cpu"}))
+        arguments = (against, *exported, allocator, compile_peer, platform)
+        # torch has the accelerator to itself; the other peer is JAX's
+        environment = {"JAX_PLATFORMS": "cpu"} if against == "torch" else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        worker = stack.enter_context(Worker(PeerSide, *arguments, environment=environment))
         found = worker.call("first_unit")
         _check_same(first_loss, found["first_loss"], against)
         worker.call("run", _WARM_UP)
@@ -245,10 +248,10 @@ class OurSide:
         self._workload.close()
 
 
-class TorchSide:
-    """PyTorch, in its process."""
+class PeerSide:
+    """The peer, in its process."""
 
-    def __init__(self, task, params, learning_rates, allocator, compile_it, platform):
+    def __init__(self, name, task, params, learning_rates, allocator, compile_it, platform):
         """Reads what ours exported and builds the model; see `OurSide.export` and `benchmark`."""
         if allocator == "tuned":
             keep_freed_memory()
@@ -258,9 +261,12 @@ class TorchSide:
         with np.load(params) as arrays:
             params = traverse_util.unflatten_dict(dict(arrays), sep="/")
         source = batches(config, experiment.train, experiment.mixture)
-        device = {"cpu": "cpu", "gpu": "cuda"}[platform]
-        self._peer = torch_peer.peer(task.mode, config, vocab_size, params, source, learning_rates, task.generation, device)
         self._compile_it = compile_it
+        if name == "scan":
+            self._peer = scan_peer.ScanPeer(config, params, source)
+        else:
+            device = {"cpu": "cpu", "gpu": "cuda"}[platform]
+            self._peer = torch_peer.peer(task.mode, config, vocab_size, params, source, learning_rates, task.generation, device)
 
     def first_unit(self) -> dict[str, Any]:
         """The loss of the first batch, the seconds of the first unit, and what runs from now on: torch.compile or not."""
@@ -271,9 +277,13 @@ class TorchSide:
         """As `Workload.run`."""
         return self._peer.run(num_units)
 
-    def memory(self) -> dict[str, int]:
+    def memory(self) -> dict[str, int | None]:
         """As `OurSide.memory`."""
-        return {"host_peak_bytes": host_peak_bytes(), "host_peak_bytes_before": self._before}
+        return {
+            "host_peak_bytes": host_peak_bytes(),
+            "host_peak_bytes_before": self._before,
+            "device_peak_bytes": self._peer.device_peak_bytes(),
+        }
 
     def close(self) -> None:
         """Ends the peer's threads."""

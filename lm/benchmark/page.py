@@ -74,7 +74,7 @@ def table(results: Sequence[Result]) -> list[str]:
     Args:
       results: what was measured; of what was not yet, the `measurement` alone.
     """
-    columns = "", "tokens/s", "torch", "ratio", "asked for", "torch, our allocator", "ratio", "memory, torch's", "of matmul peak"
+    columns = "", "tokens/s", "peer", "ratio", "asked for", "peer, our allocator", "ratio", "memory, peer's", "of matmul peak"
     lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
     for result in results:
         name = result["measurement"]["name"].partition(": ")[2]
@@ -87,10 +87,10 @@ def table(results: Sequence[Result]) -> list[str]:
         cells = [
             name,
             f"{result['tokens_per_second']['median']:,.0f}",
-            _peer_speed(plain),
+            _peer_speed(result, plain),
             f"**{plain['ratio']['median']:.2f}**" if plain else "",
             f"{floor:.2f}" if floor else "",
-            _peer_speed(tuned),
+            _peer_speed(result, tuned),
             f"{tuned['ratio']['median']:.2f}" if tuned else "",
             ", ".join(f"{_memory(side['memory']):,.0f} MiB" for side in (result, plain) if side),
             f"{result['share_of_matmul_peak']:.0%}",
@@ -99,8 +99,11 @@ def table(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def _peer_speed(peer):
-    return f"{peer['tokens_per_second']['median']:,.0f}{' (compiled)' if peer['compiled'] else ''}" if peer else ""
+def _peer_speed(result, peer):
+    if peer is None:
+        return ""
+    kind = " (lax.scan)" if result["against"]["name"] == "scan" else " (compiled)" if peer["compiled"] else ""
+    return f"{peer['tokens_per_second']['median']:,.0f}{kind}"
 
 
 def _memory(memory):
@@ -157,12 +160,13 @@ def provenance(results: Sequence[Result]) -> list[str]:
     for result in results:
         where = result["environment"]
         peer = next(iter((result["against"] or {"allocators": {}})["allocators"].values()), None)
-        versions = f"Python {where['python']}, JAX {where['jax']}{', PyTorch ' + peer['torch'] if peer else ''}"
+        versions = f"Python {where['python']}, JAX {where['jax']}{', ' + peer['library'] if peer else ''}"
         seen.setdefault(f"{where['hardware']}; {versions}", []).append(where["date"])
     lines += [f"- {where}; {min(dates)} to {max(dates)}" for where, dates in seen.items()]
     return [
         *lines,
         "- Each side runs in a process of its own, and the rounds take turns; figures are medians over the rounds. The JSON",
         "  files here hold every round, the resolved config, and how many cores other work took before.",
-        "- Torch runs eager or compiled, whichever was faster. Memory is the process's peak, libraries and compiler included.",
+        "- The peer is PyTorch, eager or compiled, whichever was faster, or where it says so a plain lax.scan with our",
+        "  optimiser. Memory is the process's peak, libraries and compiler included; on a GPU the device's.",
     ]

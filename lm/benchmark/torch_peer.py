@@ -87,7 +87,7 @@ class Peer:
 
     Attributes:
       model: a torch.nn.Module: inputs_BT, state -> logits_BTV, state.
-      versions: of torch, and the number of its threads.
+      versions: the library with its version, and the number of its threads.
     """
 
     def __init__(self, config: Config, vocab_size: int, params: Any, source: BatchSource, device: str = "cpu", length: int = 0):
@@ -110,7 +110,7 @@ class Peer:
         self.model.load_state_dict(copied)
         self.model.to(self._device)
         self.call = self.model  # or what torch.compile makes of it
-        self.versions = {"torch": torch.__version__, "num_threads": torch.get_num_threads()}
+        self.versions = {"library": f"torch {torch.__version__}", "num_threads": torch.get_num_threads()}
 
     def compile_if_faster(self) -> bool:
         """Tries what torch.compile makes of the model and keeps the faster; whether that is it."""
@@ -167,6 +167,12 @@ class Peer:
         """The source's batches, made in a thread."""
         make = lambda step: self._on_device(self._source.batch(step, slice(None)))  # noqa: E731
         return prefetch(make, 0, sys.maxsize, self._config.data.prefetch)
+
+    def device_peak_bytes(self) -> int | None:
+        """Most memory so far of the accelerator; None on a CPU."""
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None
 
     def _wait(self):
         if self._device.type == "cuda":
