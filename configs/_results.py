@@ -68,10 +68,23 @@ SECTIONS = (
     ),
     Section("Published on WikiText-2", "33,278 words, 245,569 tokens of test.", "published", _WIKITEXT2),
     Section(
+        "Characters of the Penn Treebank",
+        "The same text by characters, <unk> and N spelt out and a newline at the end of each line; 449,945 characters of test.",
+        "published",
+        (_row("ptb/char_lstm", "LSTM"),),
+        "bits per character",
+    ),
+    Section(
         "Small models of the Penn Treebank on equal terms",
-        "Four million parameters each, widths solved from that budget; the same text, tokens, epochs and number of trials.",
+        "Four million parameters each, widths solved from that budget; the same text and the same number of epochs.",
         "equal",
         (_row("ptb/small/rnn", "RNN"), _row("ptb/small/gru", "GRU"), _LSTM, _row("ptb/small/transformer", "Transformer")),
+    ),
+    Section(
+        "Small models of WikiText-2 on equal terms",
+        "Eight million parameters each, otherwise as those of the Penn Treebank.",
+        "equal",
+        tuple(_row(f"wikitext2/small/{model.lower()}", model) for model in ("RNN", "GRU", "LSTM", "Transformer")),
     ),
     Section(
         "What dynamic evaluation adds",

@@ -6,7 +6,7 @@ from lm.config import Config
 TRAIN_TOKENS = 929_589
 
 
-def penn_treebank(architecture: str, batch_size: int, seq_len: int) -> Config:
+def penn_treebank(architecture: str, batch_size: int = 20, seq_len: int = 35) -> Config:
     """A model over the 10,000 words of the Penn Treebank (Mikolov's), read as a stream.
 
     The folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt is given as --config.data.path.

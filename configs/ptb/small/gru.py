@@ -1,4 +1,4 @@
-"""The small GRU of the Penn Treebank, with the regularisers of the LSTM beside it.
+"""The small GRU of the Penn Treebank: four million parameters, the recipe of configs/_small.py.
 
 python -m launch.train --config=configs/ptb/small/gru.py --config.data.path=/path/to/ptb --workdir=runs/ptb_small_gru
 
@@ -6,10 +6,11 @@ Not yet run.
 """
 
 from configs._common import finish
-from configs.ptb.small._recipe import recurrent, trained
+from configs._small import small
+from configs.ptb._text import TRAIN_TOKENS, penn_treebank
 
 
 def get_config(argument=""):
-    config = recurrent("gru")
+    config = small(penn_treebank("gru"), 4_000_000, TRAIN_TOKENS, epochs=25)
     config.optimizer.learning_rate = 0.005
-    return finish(trained(config), argument)
+    return finish(config, argument)

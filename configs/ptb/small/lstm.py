@@ -1,13 +1,14 @@
-"""The small LSTM of the Penn Treebank with the regularisers of AWD-LSTM (Merity et al. 2018, arXiv:1708.02182).
+"""The small LSTM of the Penn Treebank: four million parameters, the recipe of configs/_small.py.
 
 python -m launch.train --config=configs/ptb/small/lstm.py --config.data.path=/path/to/ptb --workdir=runs/ptb_small_lstm
 """
 
 from configs._common import finish
-from configs.ptb.small._recipe import recurrent, trained
+from configs._small import small
+from configs.ptb._text import TRAIN_TOKENS, penn_treebank
 
 
 def get_config(argument=""):
-    config = recurrent("lstm")
+    config = small(penn_treebank("lstm"), 4_000_000, TRAIN_TOKENS, epochs=25)
     config.optimizer.learning_rate = 0.01
-    return finish(trained(config), argument)
+    return finish(config, argument)

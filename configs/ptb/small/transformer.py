@@ -1,4 +1,4 @@
-"""The small Transformer of the Penn Treebank, with the dropout of the LSTM beside it; windows that start empty.
+"""The small Transformer of the Penn Treebank: four million parameters, the recipe of configs/_small.py.
 
 python -m launch.train --config=configs/ptb/small/transformer.py --config.data.path=/path/to/ptb \
     --workdir=runs/ptb_small_transformer
@@ -7,13 +7,11 @@ Not yet run.
 """
 
 from configs._common import finish
-from configs.ptb.small._recipe import small, trained
+from configs._small import small
+from configs.ptb._text import TRAIN_TOKENS, penn_treebank
 
 
 def get_config(argument=""):
-    config = small("transformer")
-    config.model.attention_dropout_rate = 0.2
-    config.data.order, config.data.seq_len, config.data.batch_size = "windows", 140, 16
+    config = small(penn_treebank("transformer"), 4_000_000, TRAIN_TOKENS, epochs=25)
     config.optimizer.learning_rate = 0.002
-    config.evaluation.context, config.evaluation.stride = 140, 35
-    return finish(trained(config), argument)
+    return finish(config, argument)

@@ -1,0 +1,36 @@
+"""Small models of words with the regularisers of AWD-LSTM (Merity et al. 2018, arXiv:1708.02182), on equal terms."""
+
+from configs._common import steps_of
+from lm.config import Config
+
+TOKENS_PER_STEP = 2240
+
+
+def small(config: Config, num_params: int, train_tokens: int, epochs: int) -> Config:
+    """The paper's recipe with less dropout, Adam's steps and a cosine for its few epochs.
+
+    All architectures share dropout of words, of embeddings and between layers. Recurrent ones read a stream, with locked
+    masks, dropped weights, penalties and steps of random length; Transformers read windows, with dropout of attention.
+
+    Args:
+      config: of a corpus of words, with its architecture; changed and returned.
+      num_params: widths are solved from it.
+      train_tokens: in the train split.
+    """
+    model, data, optimizer, training = config.model, config.data, config.optimizer, config.training
+    model.num_params, model.num_layers = num_params, 2
+    model.word_dropout_rate, model.embedding_dropout_rate, model.dropout_rate = 0.05, 0.25, 0.2
+    if model.architecture == "transformer":
+        model.attention_dropout_rate = 0.2
+        data.order, data.seq_len = "windows", 140
+        config.evaluation.context, config.evaluation.stride = 140, 35
+    else:
+        data.seq_len, data.seq_len_std = 35, 5.0
+        model.variational_dropout, model.output_dropout_rate, model.weight_drop_rate = True, 0.3, 0.3
+        training.activation_penalty, training.temporal_activation_penalty = 2.0, 1.0
+    data.batch_size = TOKENS_PER_STEP // data.seq_len
+    optimizer.name, optimizer.weight_decay = "adamw", 0.01
+    optimizer.schedule, optimizer.warmup_steps, optimizer.final_fraction = "cosine", 100, 0.01
+    epoch = steps_of(config, train_tokens)
+    training.num_steps, training.evaluate_every_steps, training.log_every_steps = epochs * epoch, epoch, 100
+    return config

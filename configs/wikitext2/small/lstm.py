@@ -1,0 +1,17 @@
+"""The small LSTM of WikiText-2: eight million parameters, the recipe of configs/_small.py.
+
+python -m launch.train --config=configs/wikitext2/small/lstm.py --config.data.path=/path/to/wikitext-2 \
+    --workdir=runs/wt2_small_lstm
+
+Not yet run.
+"""
+
+from configs._common import finish
+from configs._small import small
+from configs.wikitext2._text import TRAIN_TOKENS, wikitext2
+
+
+def get_config(argument=""):
+    config = small(wikitext2("lstm"), 8_000_000, TRAIN_TOKENS, epochs=8)
+    config.optimizer.learning_rate = 0.01
+    return finish(config, argument)
