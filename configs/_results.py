@@ -69,7 +69,7 @@ SECTIONS = (
     Section("Published on WikiText-2", "33,278 words, 245,569 tokens of test.", "published", _WIKITEXT2),
     Section(
         "Characters of the Penn Treebank",
-        "The same text by characters, <unk> and N spelt out and a newline at the end of each line; 449,945 characters of test.",
+        "The same text by characters, `<unk>` and `N` spelt out, each line ending in a newline; 449,945 characters of test.",
         "published",
         (_row("ptb/char_lstm", "LSTM"),),
         "bits per character",
