@@ -1,6 +1,12 @@
 """The small LSTM of the Penn Treebank: four million parameters, the recipe of configs/_small.py.
 
 python -m launch.train --config=configs/ptb/small/lstm.py --config.data.path=/path/to/ptb --workdir=runs/ptb_small_lstm
+
+Perplexity valid 89.33, test 84.89; with dynamic evaluation (sgd, 0.3, decay 0.001, every 5 tokens) 82.67 and 78.93. 2,718 s on
+two cores of an AMD EPYC with some work beside it (2026-11-26, Python 3.11, JAX 0.10.2, seed 0).
+
+Of three trials of two epochs this had the lowest perplexity on valid, 166.32; SGD at 30 with 20 rows of 70 tokens had 235.72,
+AdamW at 0.003 with these 201.14.
 """
 
 from configs._common import finish
