@@ -48,7 +48,9 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path, monkeypatch):
     whole = Row("a/lstm", "LSTM", path, (), (0, 1), "A paper", {"": (20.5, 19.25), "dynamic": (None, 9.0)}, (dynamic,), True)
     part = Row("a/part", "without a part", path, ("--config.optimizer.learning_rate=0.001",))
     missing = Row("a/missing", "Missing", path, ("--config.seed=9",), published={"": (3.0, 2.0)})
-    sections = tuple(Section(kind, f"Of {kind}.", kind, (whole, part, missing)) for kind in ("published", "equal", "parts"))
+    sections = tuple(Section(kind, f"Of {kind}.", kind, (whole, part, missing)) for kind in ("published", "equal"))
+    renamed = dataclasses.replace(whole, name="all of it")
+    sections += (Section("parts", "Of parts.", "parts", (renamed, part, missing)),)
     monkeypatch.setattr(registry, "SECTIONS", sections)
     folder, workdir = tmp_path / "results", tmp_path / "runs"
 
@@ -76,6 +78,8 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path, monkeypatch):
     lines = before.splitlines()
     (plain,) = [line for line in lines if line.startswith("| LSTM | ") and "A paper" in line]
     assert f"| 20.5 / 19.25 (A paper) | {spread('valid')} | {spread('test')} | carried |" in plain and "| 0, 1 |" in plain
+    equal, parts = lines[lines.index("## equal") :], lines[lines.index("## parts") :]
+    assert any(line.startswith("| LSTM | ") for line in equal) and any(line.startswith("| all of it | ") for line in parts)
     (adapted,) = [line for line in lines if line.startswith("| LSTM, dynamic sgd, 0.1, 0.0, 5 | ")]
     assert f"| – / 9.0 (A paper) | {spread(f'valid{dynamic.ending}')} |" in adapted
     (last,) = [line for line in lines if line.startswith("| LSTM, last epoch | ")]

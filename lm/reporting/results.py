@@ -107,7 +107,7 @@ def read_kept(folder: pathlib.Path, row: Row, seed: int, draft: Config) -> Run |
         changed.append(f"training.num_steps: {then.training.num_steps} then, {draft.training.num_steps} now")
     if changed:
         raise UserError(f"{path} was made with another config ({'; '.join(changed)}): remove it and run the row again")
-    return read_run(path, row.name)
+    return read_run(path)
 
 
 def write_page(
@@ -121,7 +121,9 @@ def write_page(
     """
     lines = ["# Results", "", *opening.splitlines(), ""]
     for section in sections:
-        found = {row.path: tuple(runs.get(row.path, ())) for row in section.rows}
+        found = {
+            row.path: tuple(dataclasses.replace(run, name=row.name) for run in runs.get(row.path, ())) for row in section.rows
+        }
         lines += [f"## {section.title}", "", *section.text.splitlines(), "", *_TABLES[section.kind](section, found), ""]
         first = [found[row.path][0] for row in section.rows if found[row.path]]
         if section.kind == "equal" and first:
