@@ -1,11 +1,13 @@
 """Runs and tabulates the results of this codebase: python -m launch.results --folder=lm/reporting/results
 
-Without --workdir it writes the page anew from what is kept in the folder. With it, rows that are not there yet
-(configs/_results.py lists them; --only picks some) are trained, scored on valid and test and kept; an interrupted one goes on.
+Without --workdir it writes the page anew from what is kept in the folder. With it, rows that are not there yet (--only picks
+some) are trained, scored on valid and test and kept; an interrupted one goes on. The rows are those of configs/_results.py, or
+of a file of your own (--tables) that names an OPENING and SECTIONS like it.
 """
 
 import dataclasses
 import pathlib
+import runpy
 
 from absl import flags
 
@@ -14,6 +16,7 @@ from lm.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("folder", None, "where the small files of finished runs are kept and the page is written")
+flags.DEFINE_string("tables", None, "a Python file that lists sections and rows, instead of configs/_results.py")
 flags.DEFINE_string("workdir", None, "train and score what is missing, in folders in here")
 flags.DEFINE_string("only", "", "run only rows whose path contains this, such as ptb/small")
 flags.DEFINE_string("data_path", None, "where the corpus of these rows stands")
@@ -23,19 +26,19 @@ def main(overrides):
     del overrides
     if not FLAGS.folder:
         raise UserError("--folder is missing: give the folder of results, such as --folder=lm/reporting/results")
-    from configs._results import OPENING, SECTIONS
     from lm.files import check_writable
     from lm.reporting.results import keep, read_kept, run_path, write_page
 
     folder = pathlib.Path(FLAGS.folder)
     check_writable(folder / "README.md")
-    rows = {row.path: row for section in SECTIONS for row in section.rows}
+    opening, sections = _tables()
+    rows = {row.path: row for section in sections for row in section.rows}
     if not any(FLAGS.only in path for path in rows):
         raise UserError(f"--only={FLAGS.only} is in the path of no row; there are {', '.join(rows)}")
-    runs = {}
+    root, runs = pathlib.Path(__file__).parent.parent, {}
     for row in rows.values():
         for seed in row.seeds:
-            draft = command.load_config(row.config, [*row.overrides, f"--config.seed={seed}"])
+            draft = command.load_config(str(root / row.config), [*row.overrides, f"--config.seed={seed}"])
             if FLAGS.workdir and FLAGS.only in row.path and read_kept(folder, row, seed, draft) is None:
                 workdir = run_path(pathlib.Path(FLAGS.workdir), row, seed)
                 _train_and_score(row, draft, workdir)
@@ -43,10 +46,25 @@ def main(overrides):
             found = read_kept(folder, row, seed, draft)
             if found is not None:
                 runs.setdefault(row.path, []).append(found)
-    page = write_page(folder, OPENING, SECTIONS, runs)
+    page = write_page(folder, opening, sections, runs)
     left = [path for path in rows if path not in runs]
     print(f"page: {page}; {len(rows) - len(left)} of {len(rows)} rows are there")
     return {"page": str(page), "left": left}
+
+
+def _tables():
+    """What stands above the sections, and the sections."""
+    if FLAGS.tables is None:
+        from configs import _results
+
+        return _results.OPENING, _results.SECTIONS
+    try:
+        found = runpy.run_path(FLAGS.tables)
+        return found["OPENING"], found["SECTIONS"]
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"--tables={FLAGS.tables} cannot be read: {error}") from None
+    except KeyError as error:
+        raise UserError(f"--tables={FLAGS.tables} has no {error.args[0]}; configs/_results.py shows what belongs there") from None
 
 
 def _train_and_score(row, draft, workdir):

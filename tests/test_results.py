@@ -5,16 +5,13 @@ import math
 import shutil
 
 import pytest
-from absl import flags
-from helpers import ROOT, config_file, draft, refused, write_corpus
+from helpers import ROOT, call_verbs, config_file, draft, write_corpus
 
 import configs._results as registry
-from launch import results as verb
 from launch.command import load_config
 from lm.config import resolve
-from lm.evaluation.variants import Dynamic, Variant
 from lm.files import read_json
-from lm.reporting.results import NOT_YET_RUN, Row, Section, read_kept
+from lm.reporting.results import NOT_YET_RUN, read_kept
 
 KEPT = ROOT / "lm" / "reporting" / "results"
 ROWS = {row.path: row for section in registry.SECTIONS for row in section.rows}
@@ -39,34 +36,47 @@ def test_a_kept_run_is_of_the_row_as_it_is_today_and_speaks_of_no_machine(path, 
         assert '"/' not in file.read_text(), file
 
 
-def test_what_is_kept_of_runs_is_on_the_page(tmp_path, monkeypatch):
+TABLES = """
+from lm.evaluation.variants import Dynamic, Variant
+from lm.reporting.results import Row, Section
+
+PATH, RATE = {path!r}, {rate}
+DYNAMIC = Variant(Dynamic("sgd", 0.1, 0.0))
+PUBLISHED = {{"": (20.5, 19.25), "dynamic": (None, 9.0)}}
+WHOLE = Row("a/lstm", "LSTM", PATH, (), (0, 1), "A paper", PUBLISHED, (DYNAMIC,), True)
+RENAMED = Row("a/lstm", "all of it", PATH, (), (0, 1), "A paper", PUBLISHED, (DYNAMIC,), True)
+PART = Row("a/part", "without a part", PATH, (f"--config.optimizer.learning_rate={{RATE}}",))
+MISSING = Row("a/missing", "Missing", PATH, ("--config.data.batch_size=2",), published={{"": (3.0, 2.0)}})
+OPENING = "Opening."
+SECTIONS = (
+    Section("published", "Of papers.", "published", (WHOLE, PART, MISSING)),
+    Section("equal", "Of equals.", "equal", (WHOLE, PART, MISSING)),
+    Section("parts", "Of parts.", "parts", (RENAMED, PART, MISSING)),
+)
+"""
+
+
+def test_what_is_kept_of_runs_is_on_the_page(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     fields = dict(training__num_steps=3, training__evaluate_every_steps=2, training__log_every_steps=1, evaluation__rows=4)
-    config = draft(corpus, **fields, optimizer__learning_rate=0.1)
-    path = str(config_file(tmp_path / "lstm.py", config))
-    dynamic = Variant(Dynamic("sgd", 0.1, 0.0))
-    whole = Row("a/lstm", "LSTM", path, (), (0, 1), "A paper", {"": (20.5, 19.25), "dynamic": (None, 9.0)}, (dynamic,), True)
-    part = Row("a/part", "without a part", path, ("--config.optimizer.learning_rate=0.001",))
-    missing = Row("a/missing", "Missing", path, ("--config.seed=9",), published={"": (3.0, 2.0)})
-    sections = tuple(Section(kind, f"Of {kind}.", kind, (whole, part, missing)) for kind in ("published", "equal"))
-    renamed = dataclasses.replace(whole, name="all of it")
-    sections += (Section("parts", "Of parts.", "parts", (renamed, part, missing)),)
-    monkeypatch.setattr(registry, "SECTIONS", sections)
+    path = str(config_file(tmp_path / "lstm.py", draft(corpus, **fields, optimizer__learning_rate=0.1)))
+    for name, rate in (("tables", 0.001), ("changed", 0.01)):
+        (tmp_path / f"{name}.py").write_text(TABLES.format(path=path, rate=rate))
     folder, workdir = tmp_path / "results", tmp_path / "runs"
-
-    def call(*arguments):
-        flags.FLAGS(["results", f"--folder={folder}", "--workdir=", "--only=", "--data_path=", *arguments])
-        return verb.main([])
-
-    assert call() == {"page": str(folder / "README.md"), "left": ["a/lstm", "a/part", "a/missing"]}
-    assert (folder / "README.md").read_text().count(NOT_YET_RUN) > 5
-    for only in ("a/lstm", "a/part"):
-        left = call(f"--workdir={workdir}", f"--only={only}", f"--data_path={corpus}")["left"]
-    assert left == ["a/missing"]
+    verb = ["launch.results", f"--folder={folder}", f"--tables={tmp_path / 'tables.py'}"]
+    train = [f"--workdir={workdir}", f"--data_path={corpus}"]
+    calls = [[*verb], *([*verb, *train, f"--only={row}"] for row in ("a/lstm", "a/part"))]
+    empty, *trained = call_verbs(calls, tmp_path / "said")
+    assert empty.code == 0 and "0 of 3 rows are there" in empty.out
+    assert [done.code for done in trained] == [0, 0] and "2 of 3 rows are there" in trained[1].out
+    assert "a/lstm/seed_0, best.dynamic-sgd-0.1-0.0-5: perplexity valid" in trained[0].out
     shutil.rmtree(workdir)
     before = (folder / "README.md").read_text()
-    assert call(f"--workdir={workdir}", "--only=a/lstm")["left"] == left and not workdir.exists()
-    assert (folder / "README.md").read_text() == before
+    changed = ["launch.results", f"--folder={folder}", f"--tables={tmp_path / 'changed.py'}"]
+    again, refusal = call_verbs([[*verb, *train, "--only=a/lstm"], changed], tmp_path / "again")
+    assert again.code == 0 and not workdir.exists()  # what is kept is not trained again
+    assert refusal.code == 1 and "optimizer.learning_rate: 0.001 then, 0.01 now" in refusal.err
+    assert "remove it and run the row again" in refusal.err and (folder / "README.md").read_text() == before
 
     def score(row, seed, name):
         return read_json(folder / row / f"seed_{seed}" / "evaluation" / f"{name}.json", "")
@@ -76,12 +86,13 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path, monkeypatch):
         return f"**{(low + high) / 2:,.2f}** ({low:,.2f} to {high:,.2f})"
 
     lines = before.splitlines()
+    assert lines[:3] == ["# Results", "", "Opening."]
     (plain,) = [line for line in lines if line.startswith("| LSTM | ") and "A paper" in line]
     assert f"| 20.5 / 19.25 (A paper) | {spread('valid')} | {spread('test')} | carried |" in plain and "| 0, 1 |" in plain
     equal, parts = lines[lines.index("## equal") :], lines[lines.index("## parts") :]
     assert any(line.startswith("| LSTM | ") for line in equal) and any(line.startswith("| all of it | ") for line in parts)
     (adapted,) = [line for line in lines if line.startswith("| LSTM, dynamic sgd, 0.1, 0.0, 5 | ")]
-    assert f"| – / 9.0 (A paper) | {spread(f'valid{dynamic.ending}')} |" in adapted
+    assert f"| – / 9.0 (A paper) | {spread('valid.dynamic-sgd-0.1-0.0-5')} |" in adapted
     (last,) = [line for line in lines if line.startswith("| LSTM, last epoch | ")]
     assert spread("test.step-3") in last
     (absent,) = [line for line in lines if line.startswith("| Missing | ") and "3.0 / 2.0" in line]
@@ -90,19 +101,23 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path, monkeypatch):
         score("a/part", 0, split)["loss"] - sum(score("a/lstm", s, split)["loss"] for s in (0, 1)) / 2
         for split in ("valid", "test")
     ]
-    assert any(f"| {costs[0]:+.4f} | {costs[1]:+.4f} |" in line for line in lines if line.startswith("| without a part | "))
+    assert any(f"| {costs[0]:+.4f} | {costs[1]:+.4f} |" in line for line in parts if line.startswith("| without a part | "))
     assert "Not yet run: Missing." in lines and (folder / "equal.png").stat().st_size > 10_000
     kept = folder / "a" / "lstm" / "seed_0"
     assert not [file for file in kept.rglob("*") if file.suffix == ".npz"]
     assert read_json(kept / "evaluation" / "test.json", "")["text"] == "test.txt"
 
-    other = dataclasses.replace(part, overrides=("--config.optimizer.learning_rate=0.01",))
-    monkeypatch.setattr(registry, "SECTIONS", (Section("published", "", "published", (other,)),))
-    with refused("a/part", "optimizer.learning_rate: 0.001 then, 0.01 now", "remove it and run the row again"):
-        call()
 
-
-def test_a_row_that_there_is_not_is_refused(tmp_path):
-    flags.FLAGS(["results", f"--folder={tmp_path}", "--only=nothing"])
-    with refused("--only=nothing is in the path of no row; there are ptb/"):
-        verb.main([])
+def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
+    (tmp_path / "empty.py").write_text("OPENING = ''\n")
+    folder = f"--folder={tmp_path / 'results'}"
+    calls = {
+        "--folder is missing": [],
+        "--only=nothing is in the path of no row; there are ptb/": [folder, "--only=nothing"],
+        "empty.py has no SECTIONS; configs/_results.py shows": [folder, f"--tables={tmp_path / 'empty.py'}"],
+        "absent.py cannot be read": [folder, f"--tables={tmp_path / 'absent.py'}"],
+    }
+    for done, sentence in zip(
+        call_verbs([["launch.results", *call] for call in calls.values()], tmp_path / "said"), calls, strict=True
+    ):
+        assert done.code == 1 and sentence in done.err and done.err.count("\n") == 1
