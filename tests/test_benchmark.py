@@ -1,5 +1,6 @@
 """launch.benchmark: operations counted by hand, the peer in PyTorch against our own steps, what is refused, and the verb."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -107,6 +108,25 @@ def experiment_of(config, corpus):
     return Experiment(config, Eos(), corpus, corpus, build(config, V), {})
 
 
+@contextlib.contextmanager
+def both(config, make_peer, num_units):
+    """Ours and a peer after so many training steps from the same parameters; their first losses, without dropout, agree."""
+    corpus = corpus_of(np.random.default_rng(0).integers(0, V, 400), V)
+    experiment, source = experiment_of(config, corpus), batches(config, corpus)
+    trainer = workload("train", experiment, Placement(1), Generation())
+    peer = make_peer(config, initialise(experiment.model, config.seed), source)
+    with contextlib.closing(trainer), contextlib.closing(peer):
+        trainer.run(num_units)
+        assert peer.first_loss() == pytest.approx(trainer.first_loss(), abs=1e-6)
+        peer.run(num_units)
+        yield trainer, peer
+
+
+def torch_trainer(config, params, source):
+    rates = np.asarray(optimizers.build(config, source.steps_per_epoch)[1](np.arange(2)))
+    return torch_peer.peer("train", config, V, params, source, rates, Generation())
+
+
 # AdamW on an RNN: a Transformer's key biases have no gradient but rounding, which Adam would blow up to a full step.
 @pytest.mark.parametrize(
     "architecture, fields",
@@ -120,24 +140,11 @@ def experiment_of(config, corpus):
 )
 def test_first_loss_and_two_updates_are_those_of_the_peer(architecture, fields):
     pytest.importorskip("torch")
-    config, placement = resolve(draft_of(architecture, **fields)), Placement(1)
-    corpus = corpus_of(np.random.default_rng(0).integers(0, V, 400), V)
-    experiment = experiment_of(config, corpus)
-    source, params = batches(config, corpus), initialise(experiment.model, config.seed)
-    rates = np.asarray(optimizers.build(config, source.steps_per_epoch)[1](np.arange(2)))
-    trainer = workload("train", experiment, placement, Generation())
-    peer = torch_peer.peer("train", config, V, params, source, rates, Generation())
-    try:
-        trainer.run(2)
-        assert peer.first_loss() == pytest.approx(trainer.first_loss(), abs=1e-6)
-        peer.run(2)
-    finally:
-        trainer.close()
-        peer.close()
-
-    before = torch_models.state_dict(params, config.model)
-    ours = torch_models.state_dict(placement.get_state(trainer.state.params), config.model)
-    theirs = {name: value.numpy() for name, value in peer.model.state_dict().items()}
+    config = resolve(draft_of(architecture, **fields))
+    with both(config, torch_trainer, 2) as (trainer, peer):
+        ours = torch_models.state_dict(Placement(1).get_state(trainer.state.params), config.model)
+        theirs = {name: value.numpy() for name, value in peer.model.state_dict().items()}
+    before = torch_models.state_dict(initialise(build(config, V), config.seed), config.model)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         np.testing.assert_allclose(theirs[name], value, rtol=1e-5, atol=2e-6, err_msg=name)
@@ -179,19 +186,8 @@ def test_the_peer_that_generates_carries_what_we_see_at_once(architecture, field
     ],
 )
 def test_first_loss_and_two_updates_are_those_of_a_plain_scan(architecture, fields):
-    config, placement = resolve(draft_of(architecture, **fields)), Placement(1)
-    corpus = corpus_of(np.random.default_rng(0).integers(0, V, 400), V)
-    experiment = experiment_of(config, corpus)
-    trainer = workload("train", experiment, placement, Generation())
-    peer = scan_peer.ScanPeer(config, initialise(experiment.model, config.seed), batches(config, corpus))
-    try:
-        trainer.run(2)
-        assert peer.first_loss() == pytest.approx(trainer.first_loss(), abs=1e-6)
-        peer.run(2)
-    finally:
-        trainer.close()
-        peer.close()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), peer.params, trainer.state.params)
+    with both(resolve(draft_of(architecture, **fields)), scan_peer.ScanPeer, 2) as (trainer, peer):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), peer.params, trainer.state.params)
 
 
 def test_a_plain_scan_drops_states_as_ours_does():
@@ -199,18 +195,8 @@ def test_a_plain_scan_drops_states_as_ours_does():
     ends = []
     for rate in (0.0, 0.5):
         config = resolve(draft_of("lstm", **RECURRENT, model__state_dropout_rate=rate))
-        corpus = corpus_of(np.random.default_rng(0).integers(0, V, 400), V)
-        experiment = experiment_of(config, corpus)
-        trainer = workload("train", experiment, Placement(1), Generation())
-        peer = scan_peer.ScanPeer(config, initialise(experiment.model, config.seed), batches(config, corpus))
-        try:
-            trainer.run(1)
-            assert peer.first_loss() == pytest.approx(trainer.first_loss(), abs=1e-6)
-            peer.run(2)
-        finally:
-            trainer.close()
-            peer.close()
-        ends.append(peer.params["stack"]["layer_0"]["recurrent_kernel"])
+        with both(config, scan_peer.ScanPeer, 2) as (_, peer):
+            ends.append(peer.params["stack"]["layer_0"]["recurrent_kernel"])
     assert np.abs(ends[0] - ends[1]).max() > 1e-4  # a hundred times their rounding
 
 
@@ -232,26 +218,15 @@ def test_the_peer_of_awd_lstm_drops_what_ours_drops():
     """Words, locked rows of time and the recurrent matrix: each of them alone, seen in what comes out."""
     torch = pytest.importorskip("torch")
     rates = ["word_dropout_rate", "embedding_dropout_rate", "dropout_rate", "output_dropout_rate", "weight_drop_rate"]
-    corpus = corpus_of(np.random.default_rng(0).integers(0, V, 400), V)
     text_BT = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(0))
     for rate in [None, *rates]:
         fields = {f"model__{name}": 0.5 if name == rate else 0.0 for name in rates}
         config = resolve(draft_of("lstm", **RECURRENT, **UNEQUAL, **fields, model__variational_dropout=True))
-        experiment = experiment_of(config, corpus)
-        source, params = batches(config, corpus), initialise(experiment.model, config.seed)
-        trainer = workload("train", experiment, Placement(1), Generation())
-        peer = torch_peer.peer("train", config, V, params, source, np.ones(1), Generation())
-        try:
-            trainer.run(1)
-            assert peer.first_loss() == pytest.approx(trainer.first_loss(), abs=1e-6)  # without dropout
+        with both(config, torch_trainer, 2) as (_, peer):
             assert peer.model.training
             dropped_BTV, kept_BTV = peer.model(text_BT, None)[0], peer.model.eval()(text_BT, None)[0]
             assert torch.equal(dropped_BTV, kept_BTV) == (rate is None)
-            peer.model.train()
-            peer.run(2)
-        finally:
-            trainer.close()
-            peer.close()
+    peer.model.train()
     ones_BTD = torch.ones((2, 9, 40))
     locked_BTD = peer.model.drop(ones_BTD, 0.5)
     assert torch.equal(locked_BTD, locked_BTD[:, :1].expand_as(locked_BTD))  # one mask for all steps
