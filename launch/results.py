@@ -5,7 +5,6 @@ some) are trained, scored on valid and test and kept; an interrupted one goes on
 of a file of your own (--tables) that names an OPENING and SECTIONS like it.
 """
 
-import dataclasses
 import pathlib
 import runpy
 
@@ -26,6 +25,9 @@ def main(overrides):
     del overrides
     if not FLAGS.folder:
         raise UserError("--folder is missing: give the folder of results, such as --folder=lm/reporting/results")
+    for name in ("only", "data_path"):
+        if FLAGS[name].value and not FLAGS.workdir:
+            raise UserError(f"--{name} is set without --workdir, where rows are trained; give that too, or leave it out")
     from lm.files import check_writable
     from lm.reporting.results import keep, read_kept, run_path, write_page
 
@@ -70,13 +72,14 @@ def _tables():
 def _train_and_score(row, draft, workdir):
     from launch import console
     from lm import backend
+    from lm.config import replaced
     from lm.evaluation.evaluate import evaluate_run
     from lm.evaluation.variants import PLAIN
     from lm.runs.open import open_run
 
     backend.start()
     if FLAGS.data_path:
-        draft = dataclasses.replace(draft, data=dataclasses.replace(draft.data, path=FLAGS.data_path))
+        draft = replaced(draft, "data", path=FLAGS.data_path)
     label = f"{row.path}/{workdir.name}"
     console.train_shown(draft, str(workdir), label)
     for step in ("best", "latest") if row.last_epoch else ("best",):

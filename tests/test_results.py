@@ -113,7 +113,8 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
     folder = f"--folder={tmp_path / 'results'}"
     calls = {
         "--folder is missing": [],
-        "--only=nothing is in the path of no row; there are ptb/": [folder, "--only=nothing"],
+        "--only=nothing is in the path of no row; there are ptb/": [folder, "--only=nothing", f"--workdir={tmp_path / 'runs'}"],
+        "--only is set without --workdir": [folder, "--only=ptb"],
         "empty.py has no SECTIONS; configs/_results.py shows": [folder, f"--tables={tmp_path / 'empty.py'}"],
         "absent.py cannot be read": [folder, f"--tables={tmp_path / 'absent.py'}"],
     }

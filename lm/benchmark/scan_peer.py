@@ -16,6 +16,7 @@ from lm.config import Config, dropout_rates
 from lm.data.batches import BatchSource
 from lm.data.prefetch import prefetch
 from lm.errors import UserError
+from lm.parallel import Placement, peak_bytes
 from lm.training import optimizer as optimizers
 
 _CELLS = ("rnn", "gru", "lstm")
@@ -76,8 +77,7 @@ class ScanPeer:
 
     def device_peak_bytes(self) -> int | None:
         """Most memory so far of the accelerator; None where the platform does not tell."""
-        statistics = jax.devices()[0].memory_stats()
-        return statistics.get("peak_bytes_in_use") if statistics else None
+        return peak_bytes(Placement(1))
 
     def compile_if_faster(self) -> bool:
         """There is no choice: it is compiled."""

@@ -16,7 +16,7 @@ from lm.errors import UserError
 from lm.files import read_json, write_atomically, write_json
 from lm.reporting.plots import learning_curves
 from lm.reporting.runs import Run, read_run
-from lm.reporting.table import MISSING, comparison_table, duration, figures, result, scored_context
+from lm.reporting.table import MISSING, Table, comparison_table, duration, figures, result, scored_context
 
 NOT_YET_RUN = "not yet run"
 
@@ -171,7 +171,8 @@ def _how(protocol):
 
 def _published(section, runs):
     """Ours beside the papers', a line for each way of scoring."""
-    lines = _head("model", "parameters", "published", "valid", "test", "scored", "training", "seeds", "config")
+    headers = "model", "parameters", "published", "valid", "test", "scored", "training", "seeds", "config"
+    lines = []
     for row in section.rows:
         ways = _ways(runs[row.path])
         reached = {way.kind for way in ways}
@@ -179,7 +180,7 @@ def _published(section, runs):
         for way in [*ways, *(_Way(kind, kind, [], []) for kind in wanted if kind not in reached)]:
             paper = " / ".join(MISSING if value is None else str(value) for value in row.published.get(way.kind, ()))
             lines.append(
-                _line(
+                (
                     ", ".join(filter(None, (row.name, way.label))),
                     f"{statistics.median(run.num_params for run in runs[row.path]):,.0f}" if runs[row.path] else MISSING,
                     f"{paper} ({row.paper})" if paper else MISSING,
@@ -190,7 +191,7 @@ def _published(section, runs):
                     f"`{' '.join((row.config, *row.overrides))}`",
                 )
             )
-    return lines
+    return _markdown(headers, lines)
 
 
 def _equal(section, runs):
@@ -198,12 +199,13 @@ def _equal(section, runs):
     there = [runs[row.path][0] for row in section.rows if runs[row.path]]
     lines = comparison_table(there).markdown().splitlines() if there else []
     missing = [row.name for row in section.rows if not runs[row.path]]
-    return [*lines, *[""][: len(lines)], f"Not yet run: {', '.join(missing)}."] if missing else lines
+    said = [f"Not yet run: {', '.join(missing)}."] if missing else []
+    return [*lines, "", *said] if lines else said
 
 
 def _parts(section, runs):
     """What leaving a part out costs, in nats per token of valid and of test."""
-    lines = _head("model", "valid", "test", "cost on valid", "cost on test", "config")
+    headers, lines = ("model", "valid", "test", "cost on valid", "cost on test", "config"), []
     whole = runs[section.rows[0].path]
     for row in section.rows:
         scores = [[run.evaluation(split) for run in runs[row.path]] for split in ("valid", "test")]
@@ -214,8 +216,8 @@ def _parts(section, runs):
                 for split, found in zip(("valid", "test"), scores, strict=True)
             ]
         cells = [_spread(found, section.measure) for found in scores]
-        lines.append(_line(row.name, *cells, *costs, f"`{' '.join((row.config, *row.overrides))}`"))
-    return lines
+        lines.append((row.name, *cells, *costs, f"`{' '.join((row.config, *row.overrides))}`"))
+    return _markdown(headers, lines)
 
 
 _TABLES = {"published": _published, "equal": _equal, "parts": _parts}
@@ -244,9 +246,5 @@ def _training(runs):
     return f"{duration(seconds)}; {'; '.join(sorted(places))}"
 
 
-def _head(*columns):
-    return [_line(*columns), _line(*["---"] * len(columns))]
-
-
-def _line(*cells):
-    return f"| {' | '.join(cells)} |"
+def _markdown(headers, rows):
+    return Table(headers, tuple(rows), (False,) * len(headers), frozenset(), ()).markdown().splitlines()
