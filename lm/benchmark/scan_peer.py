@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lm.benchmark.refusals import refuse_extras
 from lm.benchmark.workloads import run_on
 from lm.config import Config, dropout_rates
 from lm.data.batches import BatchSource
@@ -30,7 +31,7 @@ def check(draft: Config, config: Config, mode: str) -> None:
       config: the draft, resolved.
       mode: what is measured.
     """
-    model, training, kept = config.model, config.training, ("state_dropout_rate",)
+    model, kept = config.model, ("state_dropout_rate",)
     if mode != "train":
         raise UserError(f"--against=scan measures training, not --mode={mode}; leave that open")
     if model.architecture not in _CELLS:
@@ -38,23 +39,13 @@ def check(draft: Config, config: Config, mode: str) -> None:
             f"config.model.architecture is {model.architecture!r}, which is no plain recurrence; --against=scan takes "
             f"{', '.join(_CELLS)}"
         )
-    extras = {
+    further = {
         **{f"config.model.{name}": name not in kept for name in dropout_rates(draft.model)},
-        "config.model.input_gate": model.input_gate not in (None, "free"),
-        "config.model.mogrifier_rounds": model.mogrifier_rounds,
-        "config.model.project_output": model.project_output,
-        "config.model.cutoffs": model.cutoffs,
-        "config.model.num_softmaxes": model.num_softmaxes > 1,
         "config.data.order": config.data.order in ("packed", "padded"),
-        "config.training.averaging": training.averaging,
-        "config.training.activation_penalty": training.activation_penalty,
-        "config.training.temporal_activation_penalty": training.temporal_activation_penalty,
-        "config.training.label_smoothing": training.label_smoothing,
-        "config.training.num_micro_batches": training.num_micro_batches != 1,
+        "config.training.label_smoothing": config.training.label_smoothing,
+        "config.training.num_micro_batches": config.training.num_micro_batches != 1,
     }
-    for name, is_set in extras.items():
-        if is_set:
-            raise UserError(f"{name} is set, which --against=scan does not do; leave it open")
+    refuse_extras("scan", config, mode, further)
 
 
 class ScanPeer:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lm.benchmark import torch_models
+from lm.benchmark.refusals import refuse_extras
 from lm.benchmark.workloads import Generation, run_on
 from lm.config import RECURRENT, Config, dropout_rates
 from lm.data.batches import Batch, BatchSource
@@ -60,24 +61,14 @@ def check(draft: Config, config: Config, mode: str) -> None:
             f"config.training.num_micro_batches is {config.training.num_micro_batches}, which --against=torch does not do; set "
             "--config.training.num_micro_batches=1"
         )
-    model, training = config.model, config.training
-    extras = {
+    model = config.model
+    further = {
         f"config.model.architecture={model.architecture}": model.architecture not in ("rnn", "gru", "lstm", "transformer"),
-        "config.model.input_gate": model.input_gate not in (None, "free"),
-        "config.model.project_output": model.project_output,
         "config.model.positions": model.positions == "relative",
         "config.model.qk_norm": model.qk_norm,
-        "config.model.cutoffs": model.cutoffs,
-        "config.model.num_softmaxes": model.num_softmaxes > 1,
-        "config.model.mogrifier_rounds": model.mogrifier_rounds,
         "config.optimizer.decayed": mode == "train" and settings.decayed == "all" and settings.weight_decay,
-        "config.training.averaging": mode == "train" and training.averaging,
-        "config.training.activation_penalty": mode == "train" and training.activation_penalty,
-        "config.training.temporal_activation_penalty": mode == "train" and training.temporal_activation_penalty,
     }
-    for name, is_set in extras.items():
-        if is_set:
-            raise UserError(f"{name} is set, which --against=torch does not do; leave it open")
+    refuse_extras("torch", config, mode, further)
     if importlib.util.find_spec("torch") is None:
         raise UserError("--against=torch needs PyTorch, which is not installed; install the extra: pip install -e '.[peers]'")
 
