@@ -17,17 +17,23 @@ def keep_freed_memory() -> bool:
 
     XLA's CPU client allocates a step's buffers anew each step. By default glibc maps and unmaps the big ones, and the page
     faults cost a small model about half of its time (`python -m launch.benchmark --allocator=system` shows it). All threads
-    allocate from one arena: the others would unmap a heap as soon as it is empty, whatever the threshold.
+    allocate from one arena, if this comes before their first allocation: the others would unmap a heap as soon as it is empty,
+    whatever the threshold.
     """
+    trim_threshold, mmap_threshold = -1, -3
+    return _share_one_arena() and _mallopt(trim_threshold, (1 << 31) - 1) and _mallopt(mmap_threshold, 1 << 30)
+
+
+def _share_one_arena() -> bool:
+    arena_max = -8
+    return _mallopt(arena_max, 1)
+
+
+def _mallopt(parameter: int, value: int) -> bool:
+    """glibc's mallopt; False where there is another C library."""
     if not sys.platform.startswith("linux"):
         return False
-    trim_threshold, mmap_threshold, arena_max, largest = -1, -3, -8, (1 << 31) - 1
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        return False  # not glibc
-    settings = {mmap_threshold: 1 << 30, trim_threshold: largest, arena_max: 1}
-    return all(mallopt(parameter, value) for parameter, value in settings.items())
+    return bool(getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: 0)(parameter, value))
 
 
 def give_back_freed_memory() -> None:
@@ -37,7 +43,7 @@ def give_back_freed_memory() -> None:
 
 
 def start(allocator: str = "tuned", compile_cache: pathlib.Path | None = None) -> None:
-    """Starts JAX's backend; on a CPU with allocator "tuned", glibc's thresholds are set first.
+    """Starts JAX's backend; with allocator "tuned" glibc uses one arena and on a CPU keeps what is freed.
 
     What is compiled is kept, so that a second start, also of an interrupted run, takes seconds less. JAX's own variables go
     before: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
@@ -49,6 +55,8 @@ def start(allocator: str = "tuned", compile_cache: pathlib.Path | None = None) -
     Raises:
       UserError: the platform asked for by JAX_PLATFORMS is not there.
     """
+    if allocator == "tuned":
+        _share_one_arena()  # a thread keeps the arena of its first allocation, and the backend starts its threads at once
     try:
         backend = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # jax asserts that some backend came up
