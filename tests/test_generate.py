@@ -125,6 +125,18 @@ def test_what_may_be_drawn_and_how_often(sampling, support):
     np.testing.assert_allclose(found, expected, atol=4 * 0.5 / np.sqrt(20_000))
 
 
+def test_each_token_of_a_big_vocabulary_is_drawn_as_often_as_its_probability_says():
+    num_draws, vocab_size = 50_000, 103  # no multiple of the blocks that the vocabulary is searched by
+    weights = np.arange(vocab_size) % 7 * np.linspace(1, 3, vocab_size)  # every seventh is impossible
+    expected = weights / weights.sum()
+    logits_BV = jnp.tile(jnp.log(weights.astype(np.float32)), (num_draws, 1))
+    found = np.bincount(draw(logits_BV, jax.random.key(3), Sampling()), minlength=vocab_size)
+    assert not found[weights == 0].any()
+    deviations = (found - num_draws * expected)[weights > 0] / np.sqrt(num_draws * expected * (1 - expected))[weights > 0]
+    assert abs(deviations).max() < 4.5
+    assert 0.7 < deviations.std() < 1.3
+
+
 def test_temperature_sharpens_and_flattens():
     for temperature in (0.5, 2.0):
         expected = PROBABILITIES ** (1 / temperature)
