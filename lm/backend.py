@@ -43,7 +43,7 @@ def give_back_freed_memory() -> None:
 
 
 def start(allocator: str = "tuned", compile_cache: pathlib.Path | None = None) -> None:
-    """Starts JAX's backend; with allocator "tuned" glibc uses one arena and on a CPU keeps what is freed.
+    """Starts JAX's backend, whose CPU gets one step at a time; allocator "tuned" is one arena that on a CPU keeps what is freed.
 
     What is compiled is kept, so that a second start, also of an interrupted run, takes seconds less. JAX's own variables go
     before: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
@@ -57,6 +57,8 @@ def start(allocator: str = "tuned", compile_cache: pathlib.Path | None = None) -
     """
     if allocator == "tuned":
         _share_one_arena()  # a thread keeps the arena of its first allocation, and the backend starts its threads at once
+    # Of steps that a CPU has been given ahead each would hold its temporary memory; to give them one by one costs nothing seen.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         backend = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # jax asserts that some backend came up
