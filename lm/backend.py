@@ -21,25 +21,24 @@ def keep_freed_memory() -> bool:
     whatever the threshold.
     """
     trim_threshold, mmap_threshold = -1, -3
-    return _share_one_arena() and _mallopt(trim_threshold, (1 << 31) - 1) and _mallopt(mmap_threshold, 1 << 30)
-
-
-def _share_one_arena() -> bool:
-    arena_max = -8
-    return _mallopt(arena_max, 1)
-
-
-def _mallopt(parameter: int, value: int) -> bool:
-    """glibc's mallopt; False where there is another C library."""
-    if not sys.platform.startswith("linux"):
-        return False
-    return bool(getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: 0)(parameter, value))
+    return _share_one_arena() and _glibc("mallopt", trim_threshold, (1 << 31) - 1) and _glibc("mallopt", mmap_threshold, 1 << 30)
 
 
 def give_back_freed_memory() -> None:
     """Tells glibc to return to the kernel what is free, wherever in the heap it lies; elsewhere does nothing."""
-    if sys.platform.startswith("linux"):
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
+    _glibc("malloc_trim", 0)
+
+
+def _share_one_arena() -> bool:
+    arena_max = -8
+    return _glibc("mallopt", arena_max, 1)
+
+
+def _glibc(function: str, *arguments: int) -> bool:
+    """Calls a function of glibc; whether it says that it did what was asked: False where there is another C library."""
+    if not sys.platform.startswith("linux"):
+        return False
+    return bool(getattr(ctypes.CDLL(None), function, lambda *_: 0)(*arguments))
 
 
 def start(allocator: str = "tuned", compile_cache: pathlib.Path | None = None) -> None:
