@@ -84,11 +84,15 @@ def reference(kind, params, x_BTD, state):
     return hidden, (last,), backward_tuple
 
 
+def layer_of(kind):
+    name, *variant = CELLS[kind][0]
+    return RecurrentLayer(name, H, ZEROS, ZEROS, *variant, **MOGRIFIERS.get(kind, {}))
+
+
 @functools.cache
 def compiled_layer(kind):
     """(params, x, state, valid, starts, d_hidden, d_state) -> (hidden, state), (d_params, d_x, d_state); time first."""
-    name, *variant = CELLS[kind][0]
-    layer = RecurrentLayer(name, H, ZEROS, ZEROS, *variant, **MOGRIFIERS.get(kind, {}))
+    layer = layer_of(kind)
 
     @jax.jit
     def run(params, x_TBD, state, valid_TB, starts_TB, d_hidden, d_state):
@@ -121,6 +125,14 @@ def test_layer_and_gradients_equal_numpy(case, kind):
     assert_close((hidden.swapaxes(0, 1), after), (want_hidden, want_after))
     d_params, d_x, d_first = backward(d_hidden.swapaxes(0, 1), d_state)
     assert_close(gradients, (d_params, d_x.swapaxes(0, 1), d_first))
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_without_a_gradient_a_layer_equals_numpy_too(case, kind):
+    params, x, state, _, _ = case(kind)
+    hidden, after = jax.jit(layer_of(kind).apply, static_argnums=5)({"params": params}, x, state, None, None, False)
+    want_hidden, want_after, _ = reference(kind, params, x.swapaxes(0, 1), state)
+    assert_close((hidden.swapaxes(0, 1), after), (want_hidden, want_after))
 
 
 @pytest.mark.parametrize("kind", CELLS)
