@@ -25,8 +25,9 @@ class Places:
 
     Attributes:
       positions_BT: int32 position of each token in its own text. Leading axis 1 where all rows have the same.
-      visible_BTS: bool, whether a token sees a key; the keys are the cache's slots (if any), then the segment's tokens.
-        None: a token sees itself and all before it, the last `window` positions at most.
+      visible_BTS: bool, whether a token sees a key; the keys are the cache's slots (if any), then the segment's tokens. A
+        token that comes alone is in its slot before it looks, so its keys are the slots only. None: a token sees itself and
+        all before it, the last `window` positions at most.
       window: see `places`.
       slots_BT: int32 slot of the cache that a token is written to, or the number of slots where it is not; None: no cache.
       distances_BTS: int32, how far behind a token each key stands, where it sees it; None: nobody asked.
@@ -102,27 +103,38 @@ def places(
 
     num_slots = slots.ordinal_BS.shape[1]
     positions_BT, runs_BT, valid_BT = (jnp.broadcast_to(x, shape) for x in (positions_BT, runs_BT, valid_BT))
-    cached = visible(slots.ordinal_BS - 1, jnp.zeros_like(slots.ordinal_BS), slots.ordinal_BS > 0)
-    visible_BTS, distances_BTS = (
-        jnp.concatenate([of_cache, jnp.broadcast_to(own, (batch_size, length, length))], axis=2)
-        for of_cache, own in zip(cached, (visible_BTS, distances_BTS), strict=True)
-    )
-
     last_run_B1 = runs_BT[:, -1:]
     kept_BT = valid_BT & (runs_BT == last_run_B1)
     next_B = jnp.max(jnp.where(kept_BT, positions_BT + 1, 0), axis=1)
     next_B = jnp.where(kept_BT.any(axis=1), next_B, slots.next_B)
     kept_BT &= positions_BT >= next_B[:, None] - num_slots
     slots_BT = jnp.where(kept_BT, positions_BT % num_slots, num_slots)
-    ordinal_BS = put(jnp.where(last_run_B1 > 0, 0, slots.ordinal_BS), slots_BT, positions_BT + 1)
+    kept_BS = jnp.where(last_run_B1 > 0, 0, slots.ordinal_BS)
+    ordinal_BS = put(kept_BS[:, None], slots_BT, positions_BT[:, :, None] + 1)[:, 0]
+
+    looked_at_BS = ordinal_BS if length == 1 else slots.ordinal_BS
+    cached = visible(looked_at_BS - 1, jnp.zeros_like(looked_at_BS), looked_at_BS > 0)
+    if length == 1:
+        visible_BTS, distances_BTS = cached
+    else:
+        visible_BTS, distances_BTS = (
+            jnp.concatenate([of_cache, jnp.broadcast_to(own, (batch_size, length, length))], axis=2)
+            for of_cache, own in zip(cached, (visible_BTS, distances_BTS), strict=True)
+        )
     distances_BTS = distances_BTS if with_distances else None
     return Places(positions_BT, visible_BTS, window, slots_BT, distances_BTS), Slots(ordinal_BS, next_B)
 
 
-def put(cache_BS: Array, slots_BT: Array, values_BT: Array) -> Array:
-    """Writes values [B, T, ...] into their slots of a cache [B, S, ...]; a slot past the end writes nothing."""
-    rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
-    return cache_BS.at[rows_B1, slots_BT].set(values_BT.astype(cache_BS.dtype), mode="drop")
+def put(cache_BHS: Array, slots_BT: Array, values_BTH: Array) -> Array:
+    """Writes values [B, T, H, ...] into their slots of a cache [B, H, S, ...]; a slot past the end writes nothing.
+
+    Rows and heads are one axis meanwhile: beside an axis of length 1, XLA copies the cache instead of writing into it.
+    """
+    num_heads, *rest = cache_BHS.shape[1:]
+    slots_NT = jnp.repeat(slots_BT, num_heads, axis=0)
+    values_NT = values_BTH.swapaxes(1, 2).reshape(*slots_NT.shape, *rest[1:])
+    cache_NS = cache_BHS.reshape(-1, *rest).at[jnp.arange(len(slots_NT))[:, None], slots_NT]
+    return cache_NS.set(values_NT.astype(cache_BHS.dtype), mode="drop").reshape(cache_BHS.shape)
 
 
 def attend(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible_BTS: Array, dropout=lambda weights: weights, shift_BHTS=0.0):
@@ -135,7 +147,10 @@ def attend(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible_BTS: Array, drop
     """
     # Heads before time makes both products plain batched matmuls, which XLA's CPU backend runs nearly twice as fast.
     q_BHTK, k_BHSK, v_BHSK = (x.swapaxes(1, 2) for x in (q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BSHK, v_BSHK))
-    scores_BHTS = jnp.matmul(q_BHTK, k_BHSK.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    if q_BHTK.shape[2] == 1:  # keys that many queries share are worth turning, those of one are read where they lie
+        scores_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
+    else:
+        scores_BHTS = jnp.matmul(q_BHTK, k_BHSK.swapaxes(2, 3), preferred_element_type=jnp.float32)
     scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS + shift_BHTS, jnp.finfo(jnp.float32).min)
     weights_BHTS = jax.nn.softmax(scores_BHTS)
     mixed_BHTK = jnp.matmul(dropout(weights_BHTS).astype(v_BHSK.dtype), v_BHSK)
@@ -252,7 +267,7 @@ class Attention(nn.Module):
 
         Args:
           where: positions, masks and slots of the tokens.
-          cache: (keys, values), [B, slots, H, K] each; None: nothing is carried.
+          cache: (keys, values), [B, H, slots, K] each, in the order that `attend` multiplies; None: nothing is carried.
 
         Returns:
           The mixed values [B, T, D], and the cache after the segment.
@@ -267,7 +282,13 @@ class Attention(nn.Module):
         keys, values, after = k, v, None
         if cache is not None:
             after = tuple(put(old, where.slots_BT, new) for old, new in zip(cache, (k, v), strict=True))
-            keys, values = (jnp.concatenate([old.astype(new.dtype), new], axis=1) for old, new in zip(cache, (k, v), strict=True))
+            if x_BTD.shape[1] == 1:  # a cache that is only read where it lies, not copied for every token that is generated
+                keys, values = (cached.astype(k.dtype).swapaxes(1, 2) for cached in after)
+            else:
+                keys, values = (
+                    jnp.concatenate([old.astype(new.dtype).swapaxes(1, 2), new], axis=1)
+                    for old, new in zip(cache, (k, v), strict=True)
+                )
         needs_weights = self.is_mutable_collection("intermediates") or (train and self.dropout_rate)
         if where.visible_BTS is None and not needs_weights:
             attend_here = locally(lambda _, *qkv: attend_causally(*qkv, where.window), (_HEADWISE,) * 3, _HEADWISE)

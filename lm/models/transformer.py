@@ -108,7 +108,7 @@ class TransformerStack(nn.Module):
         return Block(attention, feed_forward, self.norm, self.dropout_rate, self.dtype, **options)
 
     def initial_carry(self, batch_size: int, length: int | None):
-        """An empty cache: per layer keys and values [B, slots, H, K], and which position each slot holds.
+        """An empty cache: per layer keys and values [B, H, slots, K], and which position each slot holds.
 
         Args:
           length: positions that will be carried in all; None: without end.
@@ -128,7 +128,7 @@ class TransformerStack(nn.Module):
                 "or score in windows with evaluation.context"
             )
         num_slots = min(size for size in (length, self.attention_window) if size is not None)
-        shape = (batch_size, num_slots, self.num_heads, self.model_dim // self.num_heads)
+        shape = (batch_size, self.num_heads, num_slots, self.model_dim // self.num_heads)
         caches = {f"layer_{i}": (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for i in range(self.num_layers)}
         return {"slots": empty_slots(batch_size, num_slots), **caches}
 
