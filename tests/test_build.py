@@ -256,6 +256,7 @@ OTHER_VALUES = {
     "forget_bias": 2.0,
     "input_gate": "capped",
     "num_softmaxes": 2,
+    "softmax_dropout_rate": 0.5,
     "cutoffs": (4,),
     "narrowing": 2,
     "qk_norm": True,
@@ -269,6 +270,7 @@ BESIDE = {
     "embed_dim": {"model__tie_embeddings": False},
     "project_output": {"model__embed_dim": 8},
     "mogrifier_rank": {"model__mogrifier_rounds": 2},
+    "softmax_dropout_rate": {"model__num_softmaxes": 2},
     "cutoffs": {"data__tokenizer": "word", "data__vocab_size": V},
     "narrowing": {"data__tokenizer": "word", "data__vocab_size": V, "model__cutoffs": (4,)},
     "max_positions": {"model__positions": "learned"},
@@ -285,8 +287,10 @@ def program(config):
     def run():
         params = initialise(model, 0)
         rngs = {"dropout": jax.random.key(0)}
-        hidden, _ = model.apply({"params": params}, jnp.ones((2, 5), jnp.int32), train=True, rngs=rngs)
-        return params, model.apply({"params": params}, hidden, method="logits")
+        tokens = jnp.ones((2, 5), jnp.int32)
+        hidden, _ = model.apply({"params": params}, tokens, train=True, rngs=rngs)
+        scores = model.apply({"params": params}, hidden, tokens, train=True, rngs=rngs, method="score")
+        return params, model.apply({"params": params}, hidden, method="logits"), scores
 
     traced = jax.make_jaxpr(run)()
     return str(traced.jaxpr), [np.asarray(constant).tobytes() for constant in traced.consts]

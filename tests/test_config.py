@@ -224,6 +224,7 @@ def test_an_architecture_gets_its_own_fields_and_no_others(architecture):
         "max_positions",
         "attention_window",
         "mogrifier_rank",
+        "softmax_dropout_rate",
         "cutoffs",
         "narrowing",
     }

@@ -10,6 +10,7 @@ from scipy.special import log_softmax, logsumexp
 
 from lm.config import Config, resolve
 from lm.models import output as outputs
+from lm.models.build import build, initialise
 from lm.models.mixture import MixtureOutput
 
 B, T, D, E, V, K = 2, 4, 5, 3, 7, 3
@@ -80,6 +81,53 @@ def test_losses_and_their_gradient_are_those_of_the_mixture(case, rng, monkeypat
     np.testing.assert_allclose((sums.loss, sums.objective), want, rtol=2e-6)
 
 
+@pytest.mark.parametrize("variational", [True, False], ids=["locked", "free"])
+def test_dropout_is_of_what_each_softmax_reads(case, rng, variational):
+    """Entries are zero or scaled up, for all steps of a row alike if locked; scores and losses are the mixture's of those."""
+    output, params, hidden, table, targets = case
+    output = output.clone(dropout_rate=0.4, variational=variational)
+    weights = rng.uniform(0.2, 2, (B, T)).astype(np.float32)
+
+    def run(method, *args, train=True, params=params):
+        options = {"rows_B": jnp.array([3, 5]), "train": train, "rngs": {"dropout": jax.random.key(1)}}
+        return output.apply({"params": params}, *args, method=method, **options)
+
+    (log_prior, whole), (same_prior, dropped) = (run("_components", hidden, train=train) for train in (False, True))
+    np.testing.assert_array_equal(log_prior, same_prior)
+    mask = np.asarray(dropped) != 0
+    np.testing.assert_allclose(dropped, np.where(mask, np.asarray(whole) / 0.6, 0), rtol=1e-6)
+    assert 0.3 < mask.mean() < 0.9 and np.any(mask[0] != mask[1]) and np.any(mask[:, :, 0] != mask[:, :, 1])
+    assert np.all(mask == mask[:, :1]) == variational
+
+    components = log_softmax(np.asarray(dropped, np.float64) @ matrix_of(output, params, table) + params["bias"], axis=-1)
+    mixed = logsumexp(np.asarray(log_prior, np.float64)[..., None] + components, axis=-2)
+    want = np.take_along_axis(mixed, targets[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(run("score", hidden, targets, table).log_prob_BT, want, atol=3e-6)
+    np.testing.assert_allclose(run("loss_sums", hidden, targets, weights, table, 0.0).loss, -np.sum(want * weights), rtol=2e-6)
+
+    def ours(params):
+        return run("loss_sums", hidden, targets, weights, table, 0.0, params=params).objective
+
+    def plainly(params):
+        return -jnp.sum(run("score", hidden, targets, table, params=params).log_prob_BT * weights)
+
+    jax.tree.map(
+        lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-5), jax.grad(ours)(params), jax.grad(plainly)(params)
+    )
+
+
+def test_a_model_drops_what_its_softmaxes_read_in_training_alone(tiny):
+    config = tiny("lstm", model__num_softmaxes=3, model__softmax_dropout_rate=0.5, model__variational_dropout=True)
+    model, tokens = build(config, V), jnp.arange(8).reshape(2, 4) % V
+    params = initialise(model, 0)
+
+    def loss(train, seed):
+        options = {"train": train, "rngs": {"dropout": jax.random.key(seed)}, "method": "loss_sums"}
+        return model.apply({"params": params}, tokens, tokens, jnp.ones(tokens.shape), None, **options)[0].loss
+
+    assert loss(False, 0) == loss(False, 1) and loss(True, 0) != loss(True, 1)
+
+
 def test_what_a_mixture_does_not_take_is_refused():
     mixture = {"model__num_softmaxes": 3}
     with refused("config.training.label_smoothing", "mixture of softmaxes"):
@@ -88,5 +136,7 @@ def test_what_a_mixture_does_not_take_is_refused():
         resolve(changed(Config(), **mixture, model__project_output=True, model__embed_dim=20))
     config = resolve(changed(Config(), **mixture, model__embed_dim=20, model__hidden_dim=30))  # tied, and narrower
     assert config.model.embed_dim == 20
+    with refused("config.model.softmax_dropout_rate", "config.model.num_softmaxes"):
+        resolve(changed(Config(), model__softmax_dropout_rate=0.1))
     with refused("config.model.mogrifier_rank", "config.model.mogrifier_rounds"):
         resolve(changed(Config(), model__mogrifier_rank=3))

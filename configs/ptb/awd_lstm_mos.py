@@ -2,7 +2,7 @@
 
 python -m launch.train --config=configs/ptb/awd_lstm_mos.py --config.data.path=/path/to/ptb --workdir=runs/awd_lstm_mos
 
-Not yet run; a GPU's work. The paper's dropout on the softmaxes' inputs is left out.
+Not yet run; a GPU's work.
 """
 
 from configs._awd_lstm import awd_lstm
@@ -13,6 +13,6 @@ from configs.ptb._text import TRAIN_TOKENS, penn_treebank
 def get_config(argument=""):
     config = awd_lstm(penn_treebank("lstm", batch_size=12, seq_len=70), TRAIN_TOKENS, epochs=1000)
     config.model.layer_dims, config.model.embed_dim, config.model.num_softmaxes = (960, 960, 620), 280, 15
-    config.model.embedding_dropout_rate, config.model.dropout_rate = 0.4, 0.225
+    config.model.embedding_dropout_rate, config.model.dropout_rate, config.model.softmax_dropout_rate = 0.4, 0.225, 0.29
     config.optimizer.learning_rate = 20.0
     return finish(config, argument)

@@ -42,6 +42,9 @@ class ModelConfig(Section):
         at_least=1,
         only=NEURAL,
     )
+    softmax_dropout_rate: float | None = setting(
+        None, "share dropped of what each softmax of a mixture reads", at_least=0, below=1, only=NEURAL
+    )
     activation: str | None = setting(
         None,
         "non-linearity of the RNN's state or of the Transformer's feed-forward layer (gelu is the exact one)",

@@ -147,6 +147,8 @@ def _resolve_model(model):
             "config.model.project_output leads to a tied embedding of a width of its own; set config.model.tie_embeddings=True "
             "and config.model.embed_dim"
         )
+    if model.softmax_dropout_rate is not None and model.num_softmaxes == 1:
+        raise UserError("config.model.softmax_dropout_rate is set, but config.model.num_softmaxes is 1; set that too, or neither")
     if model.project_output and model.num_softmaxes > 1:
         raise UserError(
             "config.model.project_output is set, but a mixture of softmaxes projects to its width anyway; leave it open"

@@ -119,7 +119,8 @@ def precision_of(model: LanguageModel | Ngram) -> str:
 def log_probs(model: LanguageModel, params, carry, batch: Batch, temperature: float = 1.0, **options) -> tuple[jax.Array, Any]:
     """Log probabilities [B, T] of a batch's targets, nats, and the carry after it; `options` are a model call's."""
     hidden_BTD, carry = model.apply({"params": params}, batch.inputs_BT, carry, segments_BT=batch.segments_BT, **options)
-    return model.apply({"params": params}, hidden_BTD, batch.targets_BT, temperature, method="score").log_prob_BT, carry
+    scores = model.apply({"params": params}, hidden_BTD, batch.targets_BT, temperature, method="score", **options)
+    return scores.log_prob_BT, carry
 
 
 @dataclasses.dataclass(frozen=True)

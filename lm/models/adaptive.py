@@ -127,8 +127,11 @@ class AdaptiveOutput(nn.Module):
         log_probs_NV = self._log_probs(self._inputs(hidden_BTD), self._matrices(tables), 1.0)
         return log_probs_NV.reshape(*hidden_BTD.shape[:2], self.vocab_size)
 
-    def score(self, hidden_BTD: Array, targets_BT: Array, tables: tuple[Array, ...], temperature: float = 1.0) -> TokenScores:
+    def score(
+        self, hidden_BTD: Array, targets_BT: Array, tables: tuple[Array, ...], temperature: float = 1.0, rows_B=None, train=False
+    ) -> TokenScores:
         """Scores of the targets; the temperature divides the logits of each softmax."""
+        del rows_B, train  # nothing is dropped here
         matrices = self._matrices(tables)
 
         def log_probs(*inputs):
@@ -137,9 +140,17 @@ class AdaptiveOutput(nn.Module):
         return score_by_log_probs(log_probs, tuple(self._inputs(hidden_BTD)), targets_BT, self.vocab_size)
 
     def loss_sums(
-        self, hidden_BTD: Array, targets_BT: Array, weights_BT: Array, tables: tuple[Array, ...], label_smoothing: float
+        self,
+        hidden_BTD: Array,
+        targets_BT: Array,
+        weights_BT: Array,
+        tables: tuple[Array, ...],
+        label_smoothing: float,
+        rows_B=None,
+        train=False,
     ) -> LossSums:
         """Summed losses of the targets: of the first softmax those of all, of each other those of its cluster."""
+        del rows_B, train
         assert not label_smoothing, "lm.config refuses it"
         targets_N, weights_N = targets_BT.reshape(-1), weights_BT.reshape(-1)
         cluster_N = jnp.searchsorted(jnp.array(self.cutoffs), targets_N, side="right")

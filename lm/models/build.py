@@ -38,7 +38,8 @@ def build(config: Config, vocab_size: int) -> LanguageModel | Ngram:
         output = AdaptiveOutput(vocab_size, tied, embed_dim, *clusters, embedding_init, latent_init, dtype)
         return LanguageModel(AdaptiveEmbedding(*table, *clusters, latent_init), stack, output)
     if (model.num_softmaxes or 1) > 1:  # a run of before there were mixtures has None
-        output = MixtureOutput(vocab_size, tied, model.num_softmaxes, embed_dim, embedding_init, latent_init, dtype)
+        dropout = model.softmax_dropout_rate or 0.0, bool(model.variational_dropout)
+        output = MixtureOutput(vocab_size, tied, model.num_softmaxes, embed_dim, embedding_init, latent_init, *dropout, dtype)
     else:
         output = OutputLayer(vocab_size, tied, embedding_init, dtype)
     return LanguageModel(Embedding(*table), stack, output)

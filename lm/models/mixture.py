@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm.models.layers import Initializer
+from lm.models.layers import Dropout, Initializer
 from lm.models.output import LossSums, TokenScores, loss_sums, plain_logits, score_by_log_probs, score_tokens
 
 Array = jax.Array
@@ -19,6 +19,7 @@ class MixtureOutput(nn.Module):
       num_softmaxes: K.
       embed_dim: width of E, the embedding's table if `tied`.
       latent_init: initialiser of W and of the matrix that π comes from.
+      dropout_rate: of what each softmax reads, after the tanh; `variational`: one mask for all steps of a segment.
     """
 
     vocab_size: int
@@ -27,11 +28,14 @@ class MixtureOutput(nn.Module):
     embed_dim: int
     kernel_init: Initializer
     latent_init: Initializer
+    dropout_rate: float = 0.0
+    variational: bool = False
     dtype: Any = jnp.float32
 
     def setup(self):
         self.prior = nn.Dense(self.num_softmaxes, use_bias=False, kernel_init=self.latent_init, dtype=self.dtype)
         self.latent = nn.Dense(self.num_softmaxes * self.embed_dim, kernel_init=self.latent_init, dtype=self.dtype)
+        self.dropout = Dropout(self.dropout_rate, 1 if self.variational else None)
         self.bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
         if not self.tied:
             self.kernel = self.param("kernel", self.kernel_init, (self.embed_dim, self.vocab_size))
@@ -39,11 +43,16 @@ class MixtureOutput(nn.Module):
     def _matrix(self, table_VD):
         return (table_VD if self.tied else self.kernel).astype(self.dtype)
 
-    def _components(self, hidden):
-        """log π [..., K], float32, and what each softmax reads [..., K, E]."""
-        hidden = hidden.astype(self.dtype)
-        log_prior = jax.nn.log_softmax(self.prior(hidden).astype(jnp.float32))
-        return log_prior, jnp.tanh(self.latent(hidden)).reshape(*log_prior.shape, self.embed_dim)
+    def _components(self, hidden_BTD, rows_B=None, train=False):
+        """log π [B, T, K], float32, and what each softmax reads [B, T, K, E]."""
+        hidden_BTD = hidden_BTD.astype(self.dtype)
+        log_prior_BTK = jax.nn.log_softmax(self.prior(hidden_BTD).astype(jnp.float32))
+        latent = self.dropout(jnp.tanh(self.latent(hidden_BTD)), rows_B, train)
+        return log_prior_BTK, latent.reshape(*log_prior_BTK.shape, self.embed_dim)
+
+    def _flat_components(self, *args):
+        """`_components` by tokens."""
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self._components(*args))
 
     def logits(self, hidden_BTD: Array, table_VD: Array) -> Array:
         """Log probabilities, float32 [B, T, V]."""
@@ -53,9 +62,11 @@ class MixtureOutput(nn.Module):
         logits = plain_logits(latent / temperature, matrix, self.bias / temperature, self.tied)
         return jax.nn.logsumexp(log_prior[..., None] + jax.nn.log_softmax(logits), axis=-2)
 
-    def score(self, hidden_BTD: Array, targets_BT: Array, table_VD: Array, temperature: float = 1.0) -> TokenScores:
+    def score(
+        self, hidden_BTD: Array, targets_BT: Array, table_VD: Array, temperature: float = 1.0, rows_B=None, train=False
+    ) -> TokenScores:
         """Scores of the targets; the temperature divides the logits of each softmax."""
-        matrix, inputs = self._matrix(table_VD), self._components(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]))
+        matrix, inputs = self._matrix(table_VD), self._flat_components(hidden_BTD, rows_B, train)
 
         def log_probs(log_prior_NK, latent_NKD):
             return self._log_probs(log_prior_NK, latent_NKD, matrix, temperature)
@@ -63,7 +74,14 @@ class MixtureOutput(nn.Module):
         return score_by_log_probs(log_probs, inputs, targets_BT, self.vocab_size * (self.num_softmaxes + 1))
 
     def loss_sums(
-        self, hidden_BTD: Array, targets_BT: Array, weights_BT: Array, table_VD: Array, label_smoothing: float
+        self,
+        hidden_BTD: Array,
+        targets_BT: Array,
+        weights_BT: Array,
+        table_VD: Array,
+        label_smoothing: float,
+        rows_B=None,
+        train=False,
     ) -> LossSums:
         """Summed losses of the targets, with the gradient of the objective; without label smoothing.
 
@@ -72,7 +90,7 @@ class MixtureOutput(nn.Module):
         """
         assert not label_smoothing, "lm.config refuses it"
         matrix, num_softmaxes = self._matrix(table_VD), self.num_softmaxes
-        log_prior_NK, latent_NKD = self._components(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]))
+        log_prior_NK, latent_NKD = self._flat_components(hidden_BTD, rows_B, train)
         latent_MD = latent_NKD.reshape(-1, self.embed_dim)
         targets_M, weights_N = jnp.repeat(targets_BT.reshape(-1), num_softmaxes), weights_BT.reshape(-1)
         scores = score_tokens(*jax.lax.stop_gradient((latent_MD, matrix, self.bias)), targets_M, self.tied)

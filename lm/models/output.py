@@ -280,16 +280,27 @@ class OutputLayer(nn.Module):
         matrix, bias_V = self._matrix_and_bias(hidden_BTD.shape[-1], table_VD)
         return plain_logits(hidden_BTD.astype(self.dtype), matrix, bias_V, self.tied)
 
-    def score(self, hidden_BTD: Array, targets_BT: Array, table_VD: Array, temperature: float = 1.0) -> TokenScores:
+    def score(
+        self, hidden_BTD: Array, targets_BT: Array, table_VD: Array, temperature: float = 1.0, rows_B=None, train=False
+    ) -> TokenScores:
         """Scores of the targets, without ever holding [B, T, V] where that is big; the temperature divides the logits."""
+        del rows_B, train  # nothing is dropped here
         hidden_ND, matrix, bias_V = self._flat(hidden_BTD, table_VD)
         scores = score_tokens(hidden_ND / temperature, matrix, bias_V / temperature, targets_BT.reshape(-1), self.tied)
         return jax.tree.map(lambda leaf_N: leaf_N.reshape(targets_BT.shape), scores)
 
     def loss_sums(
-        self, hidden_BTD: Array, targets_BT: Array, weights_BT: Array, table_VD: Array, label_smoothing: float
+        self,
+        hidden_BTD: Array,
+        targets_BT: Array,
+        weights_BT: Array,
+        table_VD: Array,
+        label_smoothing: float,
+        rows_B=None,
+        train=False,
     ) -> LossSums:
         """Summed losses of the targets, for training; see `loss_sums`."""
+        del rows_B, train
         flat = self._flat(hidden_BTD, table_VD)
         return loss_sums(*flat, targets_BT.reshape(-1), weights_BT.reshape(-1), self.tied, label_smoothing)
 
