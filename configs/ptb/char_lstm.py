@@ -19,6 +19,6 @@ def get_config(argument=""):
     config.optimizer.name, config.optimizer.learning_rate, config.optimizer.weight_decay = "adamw", 0.003, 0.01
     config.optimizer.schedule, config.optimizer.warmup_steps, config.optimizer.final_fraction = "cosine", 100, 0.01
     epoch = steps_of(config, TRAIN_CHARACTERS)
-    config.training.num_steps, config.training.evaluate_every_steps = 8 * epoch, epoch
+    config.training.num_steps, config.training.evaluate_every_steps = 4 * epoch, epoch
     config.training.log_every_steps = 100
     return finish(config, argument)

@@ -17,5 +17,5 @@ def get_config(argument=""):
     config.optimizer.name, config.optimizer.learning_rate, config.optimizer.clip_norm = "sgd", 20.0, 0.25
     config.optimizer.schedule = "plateau"
     epoch = steps_of(config, TRAIN_TOKENS)
-    config.training.num_steps, config.training.evaluate_every_steps, config.training.log_every_steps = 6 * epoch, epoch, 200
+    config.training.num_steps, config.training.evaluate_every_steps, config.training.log_every_steps = 3 * epoch, epoch, 200
     return finish(config, argument)

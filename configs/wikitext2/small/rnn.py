@@ -12,6 +12,6 @@ from configs.wikitext2._text import TRAIN_TOKENS, wikitext2
 
 
 def get_config(argument=""):
-    config = small(wikitext2("rnn"), 8_000_000, TRAIN_TOKENS, epochs=8)
+    config = small(wikitext2("rnn"), 8_000_000, TRAIN_TOKENS, epochs=4)
     config.optimizer.learning_rate = 0.005
     return finish(config, argument)
