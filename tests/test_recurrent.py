@@ -212,9 +212,9 @@ def test_stack_and_gradients_equal_torch(rng, kind):
     (name, activation, _), _, num_states = CELLS[kind]
     options = {"nonlinearity": activation} if activation else {}
     theirs = getattr(torch.nn, name.upper())(D, H, num_layers=2, batch_first=True, dtype=torch.float64, **options)
-    with torch.no_grad():
+    with torch.no_grad():  # small enough that no step amplifies the error of XLA's tanh, 2e-7
         for parameter in theirs.parameters():
-            parameter.copy_(torch.from_numpy(rng.normal(0, 0.4, tuple(parameter.shape)).astype(np.float32)))  # as ours start
+            parameter.copy_(torch.from_numpy(rng.normal(0, 0.3, tuple(parameter.shape)).astype(np.float32)))  # as ours start
 
     def ours_of(array, i):
         """Torch's layer i, parameters or gradients, under our names; `bias_ih` and `bias_hh` stay apart."""
