@@ -1,5 +1,6 @@
 """lm.reporting: reading runs, refusing what cannot be compared, the statistics, the table, the figures and the report."""
 
+import dataclasses
 import json
 import math
 
@@ -339,6 +340,17 @@ def test_table_says_when_valid_was_taken_otherwise(tmp_path):
     write_evaluation(workdir, "valid", np.full(2000, 3.0), protocol__context=64, protocol__stride=16)
     (note,) = comparison_table([read_run(workdir)]).notes
     assert "windows 64, stride 16" in note and "run" in note
+
+
+def test_table_says_where_times_do_not_compare(tmp_path):
+    runs = [read_run(make_run(tmp_path / name, 3.0)) for name in ("rnn", "gru", "lstm")]
+    placed = [
+        dataclasses.replace(run, environment={**run.environment, "hardware": place})
+        for run, place in zip(runs, ("Abacus, 2 cores", "Loom, 8 cores", "Abacus, 2 cores"), strict=True)
+    ]
+    assert comparison_table([placed[0], placed[2]]).notes == ()
+    (note,) = comparison_table(placed).notes
+    assert note.startswith("Trained on different machines") and "(rnn, lstm: Abacus, 2 cores; gru: Loom, 8 cores)" in note
 
 
 @pytest.mark.parametrize(

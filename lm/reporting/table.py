@@ -228,6 +228,13 @@ def _notes(runs, same_tokens):
             f"model can beat. In the long run the law has {floor['entropy_rate']:.4f} nats per character (at most "
             f"{floor['entropy_rate_error']:.0e} off)."
         )
+    places: dict[str, list[str]] = {}
+    for run in runs:
+        if "hardware" in run.environment:
+            places.setdefault(run.environment["hardware"], []).append(run.name)
+    if len(places) > 1:
+        trained = "; ".join(f"{', '.join(names)}: {place}" for place, names in places.items())
+        yield f"Trained on different machines, so speeds and times do not compare ({trained})."
     for run in runs:
         if "valid" not in run.evaluations:
             continue
