@@ -96,7 +96,7 @@ SECTIONS = (
     ),
     Section(
         "What each regulariser buys",
-        "The small LSTM in 12 epochs, with one part of its recipe left out and all else equal; what that costs in nats per token.",
+        "The small LSTM in 12 epochs with one part of its recipe left out, all else equal; what that costs in nats per token.",
         "parts",
         (
             Row("ptb/parts/whole", "the whole recipe", _LSTM.config, (_TWELVE_EPOCHS,)),
