@@ -2,7 +2,7 @@
 
 python -m launch.train --config=configs/wikitext2/lstm_200.py --config.data.path=/path/to/wikitext-2 --workdir=runs/wt2_lstm_200
 
-Not yet run. python -m launch.word_language_model is the same in PyTorch.
+Not yet run. Three epochs of the example's 40; python -m launch.word_language_model --epochs=3 is the same in PyTorch.
 """
 
 from configs._common import finish, steps_of

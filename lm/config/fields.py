@@ -43,7 +43,7 @@ class ModelConfig(Section):
         only=NEURAL,
     )
     softmax_dropout_rate: float | None = setting(
-        None, "share dropped of what each softmax of a mixture reads", at_least=0, below=1, only=NEURAL
+        None, "share dropped of what each softmax of a mixture reads, after its tanh", at_least=0, below=1, only=NEURAL
     )
     activation: str | None = setting(
         None,
