@@ -345,12 +345,15 @@ def test_table_says_when_valid_was_taken_otherwise(tmp_path):
 def test_table_says_where_times_do_not_compare(tmp_path):
     runs = [read_run(make_run(tmp_path / name, 3.0)) for name in ("rnn", "gru", "lstm")]
     placed = [
-        dataclasses.replace(run, environment={**run.environment, "hardware": place})
+        dataclasses.replace(run, environment={**run.environment, "hardware": place, "platform": "cpu"})
         for run, place in zip(runs, ("Abacus, 2 cores", "Loom, 8 cores", "Abacus, 2 cores"), strict=True)
     ]
     assert comparison_table([placed[0], placed[2]]).notes == ()
     (note,) = comparison_table(placed).notes
     assert note.startswith("Trained on different machines") and "(rnn, lstm: Abacus, 2 cores; gru: Loom, 8 cores)" in note
+    on_gpu = {"hardware": "Abacus, 2 cores", "platform": "gpu", "device": "H100", "num_devices": 2}
+    (note,) = comparison_table([placed[0], dataclasses.replace(runs[1], environment=on_gpu)]).notes
+    assert "(rnn: Abacus, 2 cores; gru: Abacus, 2 cores, 2 × H100)" in note
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ EVERY_DROPOUT = {
     "model__word_dropout_rate": 0.2,
     "model__weight_drop_rate": 0.3,
     "model__variational_dropout": True,
+    "model__num_softmaxes": 2,
+    "model__softmax_dropout_rate": 0.3,
 }
 # SGD at rate one without clipping: the change of the parameters is the gradient itself.
 PLAIN = {"optimizer__name": "sgd", "optimizer__learning_rate": 1.0, "optimizer__clip_norm": None}

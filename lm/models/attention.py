@@ -128,13 +128,13 @@ def places(
 def put(cache_BHS: Array, slots_BT: Array, values_BTH: Array) -> Array:
     """Writes values [B, T, H, ...] into their slots of a cache [B, H, S, ...]; a slot past the end writes nothing.
 
-    Rows and heads are one axis meanwhile: beside an axis of length 1, XLA copies the cache instead of writing into it.
+    Rows and heads are one axis X meanwhile: beside an axis of length 1, XLA copies the cache instead of writing into it.
     """
     num_heads, *rest = cache_BHS.shape[1:]
-    slots_NT = jnp.repeat(slots_BT, num_heads, axis=0)
-    values_NT = values_BTH.swapaxes(1, 2).reshape(*slots_NT.shape, *rest[1:])
-    cache_NS = cache_BHS.reshape(-1, *rest).at[jnp.arange(len(slots_NT))[:, None], slots_NT]
-    return cache_NS.set(values_NT.astype(cache_BHS.dtype), mode="drop").reshape(cache_BHS.shape)
+    slots_XT = jnp.repeat(slots_BT, num_heads, axis=0)
+    values_XT = values_BTH.swapaxes(1, 2).reshape(*slots_XT.shape, *rest[1:]).astype(cache_BHS.dtype)
+    cache_XS, rows_X1 = cache_BHS.reshape(-1, *rest), jnp.arange(len(slots_XT))[:, None]
+    return cache_XS.at[rows_X1, slots_XT].set(values_XT, mode="drop").reshape(cache_BHS.shape)
 
 
 def attend(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible_BTS: Array, dropout=lambda weights: weights, shift_BHTS=0.0):
@@ -286,7 +286,7 @@ class Attention(nn.Module):
                 keys, values = (cached.astype(k.dtype).swapaxes(1, 2) for cached in after)
             else:
                 keys, values = (
-                    jnp.concatenate([old.astype(new.dtype).swapaxes(1, 2), new], axis=1)
+                    jnp.concatenate([old.astype(new.dtype), new.swapaxes(1, 2)], axis=2).swapaxes(1, 2)
                     for old, new in zip(cache, (k, v), strict=True)
                 )
         needs_weights = self.is_mutable_collection("intermediates") or (train and self.dropout_rate)

@@ -230,8 +230,10 @@ def _notes(runs, same_tokens):
         )
     places: dict[str, list[str]] = {}
     for run in runs:
-        if "hardware" in run.environment:
-            places.setdefault(run.environment["hardware"], []).append(run.name)
+        where = run.environment
+        if "hardware" in where:
+            devices = "" if where.get("platform") == "cpu" else f", {where.get('num_devices')} × {where.get('device')}"
+            places.setdefault(f"{where['hardware']}{devices}", []).append(run.name)
     if len(places) > 1:
         trained = "; ".join(f"{', '.join(names)}: {place}" for place, names in places.items())
         yield f"Trained on different machines, so speeds and times do not compare ({trained})."
