@@ -1,5 +1,7 @@
 """The mixture of softmaxes: probabilities, losses and gradients against NumPy, whole and in parts, tied and free."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,12 +27,21 @@ def log_probs_by_hand(params, hidden, matrix, temperature=1.0):
     return logsumexp(log_prior[..., None] + components, axis=-2)
 
 
+def run(output, params, method, hidden, *args, rows_B=None, train=False, **options):
+    """A method of what the output reads of hidden states."""
+
+    def of_hidden(output):
+        return getattr(output, method)(output.read(hidden, rows_B, train), *args)
+
+    return output.apply({"params": params}, method=of_hidden, **options)
+
+
 @pytest.fixture(params=[True, False], ids=["tied", "free"])
 def case(request, rng):
     tied = request.param
     output = MixtureOutput(V, tied, K, E, nn.initializers.normal(1.0), nn.initializers.normal(1.0))
     hidden, table = rng.normal(size=(B, T, D)).astype(np.float32), rng.normal(size=(V, E)).astype(np.float32)
-    params = output.init(jax.random.key(0), hidden, table, method="logits")["params"]
+    params = output.init(jax.random.key(0), method=lambda output: output.logits(output.read(hidden), table))["params"]
     params["bias"] = rng.normal(size=V).astype(np.float32)
     params["latent"]["bias"] = rng.normal(size=K * E).astype(np.float32)
     return output, params, hidden, table, rng.integers(0, V, (B, T))
@@ -46,12 +57,12 @@ def test_scores_equal_numpy(case, monkeypatch, at_once, temperature):
     output, params, hidden, table, targets = case
     monkeypatch.setattr(outputs, "logits_at_once", lambda: at_once)
     want = log_probs_by_hand(params, hidden, matrix_of(output, params, table), temperature)
-    scores = output.apply({"params": params}, hidden, targets, table, temperature, method="score")
+    scores = run(output, params, "score", hidden, targets, table, temperature)
     np.testing.assert_allclose(scores.log_prob_BT, np.take_along_axis(want, targets[..., None], axis=-1)[..., 0], atol=3e-6)
     np.testing.assert_array_equal(scores.correct_BT, want.argmax(axis=-1) == targets)
     np.testing.assert_allclose(scores.mean_log_prob_BT, want.mean(axis=-1), atol=3e-6)
     if temperature == 1.0:
-        logits = output.apply({"params": params}, hidden, table, method="logits")
+        logits = run(output, params, "logits", hidden, table)
         np.testing.assert_allclose(logits, want, atol=3e-6)
         np.testing.assert_allclose(np.exp(logits).sum(axis=-1), 1, atol=1e-5)
 
@@ -65,11 +76,11 @@ def test_losses_and_their_gradient_are_those_of_the_mixture(case, rng, monkeypat
     weights[0, 1] = 0
 
     def ours(params, hidden, table):
-        sums = output.apply({"params": params}, hidden, targets, weights, table, 0.0, method="loss_sums")
+        sums = run(output, params, "loss_sums", hidden, targets, weights, table, 0.0)
         return 2.5 * sums.objective, sums
 
     def plainly(params, hidden, table):
-        log_probs = output.apply({"params": params}, hidden, table, method="logits")
+        log_probs = run(output, params, "logits", hidden, table)
         return -2.5 * jnp.sum(jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0] * weights)
 
     arguments = params, hidden, table
@@ -88,11 +99,11 @@ def test_dropout_is_of_what_each_softmax_reads(case, rng, variational):
     output = output.clone(dropout_rate=0.4, variational=variational)
     weights = rng.uniform(0.2, 2, (B, T)).astype(np.float32)
 
-    def run(method, *args, train=True, params=params):
-        options = {"rows_B": jnp.array([3, 5]), "train": train, "rngs": {"dropout": jax.random.key(1)}}
-        return output.apply({"params": params}, *args, method=method, **options)
-
-    (log_prior, whole), (same_prior, dropped) = (run("_components", hidden, train=train) for train in (False, True))
+    rows_B, rngs = jnp.array([3, 5]), {"dropout": jax.random.key(1)}
+    dropping = functools.partial(run, rows_B=rows_B, train=True, rngs=rngs)
+    (log_prior, whole), (same_prior, dropped) = (
+        output.apply({"params": params}, hidden, rows_B, train, method="read", rngs=rngs) for train in (False, True)
+    )
     np.testing.assert_array_equal(log_prior, same_prior)
     mask = np.asarray(dropped) != 0
     np.testing.assert_allclose(dropped, np.where(mask, np.asarray(whole) / 0.6, 0), rtol=1e-6)
@@ -102,14 +113,15 @@ def test_dropout_is_of_what_each_softmax_reads(case, rng, variational):
     components = log_softmax(np.asarray(dropped, np.float64) @ matrix_of(output, params, table) + params["bias"], axis=-1)
     mixed = logsumexp(np.asarray(log_prior, np.float64)[..., None] + components, axis=-2)
     want = np.take_along_axis(mixed, targets[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(run("score", hidden, targets, table).log_prob_BT, want, atol=3e-6)
-    np.testing.assert_allclose(run("loss_sums", hidden, targets, weights, table, 0.0).loss, -np.sum(want * weights), rtol=2e-6)
+    np.testing.assert_allclose(dropping(output, params, "score", hidden, targets, table).log_prob_BT, want, atol=3e-6)
+    loss = dropping(output, params, "loss_sums", hidden, targets, weights, table, 0.0).loss
+    np.testing.assert_allclose(loss, -np.sum(want * weights), rtol=2e-6)
 
     def ours(params):
-        return run("loss_sums", hidden, targets, weights, table, 0.0, params=params).objective
+        return dropping(output, params, "loss_sums", hidden, targets, weights, table, 0.0).objective
 
     def plainly(params):
-        return -jnp.sum(run("score", hidden, targets, table, params=params).log_prob_BT * weights)
+        return -jnp.sum(dropping(output, params, "score", hidden, targets, table).log_prob_BT * weights)
 
     jax.tree.map(
         lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-5), jax.grad(ours)(params), jax.grad(plainly)(params)

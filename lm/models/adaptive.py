@@ -122,16 +122,18 @@ class AdaptiveOutput(nn.Module):
         within = [own + log_probs[0][:, size + i, None] for i, own in enumerate(log_probs[1:])]
         return jnp.concatenate([log_probs[0][:, :size], *within], axis=-1)
 
+    def read(self, hidden_BTD: Array, rows_B=None, train=False) -> Array:
+        """What `logits`, `score` and `loss_sums` take: the hidden states as they are."""
+        del rows_B, train
+        return hidden_BTD
+
     def logits(self, hidden_BTD: Array, tables: tuple[Array, ...]) -> Array:
         """Log probabilities, float32 [B, T, V]."""
         log_probs_NV = self._log_probs(self._inputs(hidden_BTD), self._matrices(tables), 1.0)
         return log_probs_NV.reshape(*hidden_BTD.shape[:2], self.vocab_size)
 
-    def score(
-        self, hidden_BTD: Array, targets_BT: Array, tables: tuple[Array, ...], temperature: float = 1.0, rows_B=None, train=False
-    ) -> TokenScores:
+    def score(self, hidden_BTD: Array, targets_BT: Array, tables: tuple[Array, ...], temperature: float = 1.0) -> TokenScores:
         """Scores of the targets; the temperature divides the logits of each softmax."""
-        del rows_B, train  # nothing is dropped here
         matrices = self._matrices(tables)
 
         def log_probs(*inputs):
@@ -140,17 +142,9 @@ class AdaptiveOutput(nn.Module):
         return score_by_log_probs(log_probs, tuple(self._inputs(hidden_BTD)), targets_BT, self.vocab_size)
 
     def loss_sums(
-        self,
-        hidden_BTD: Array,
-        targets_BT: Array,
-        weights_BT: Array,
-        tables: tuple[Array, ...],
-        label_smoothing: float,
-        rows_B=None,
-        train=False,
+        self, hidden_BTD: Array, targets_BT: Array, weights_BT: Array, tables: tuple[Array, ...], label_smoothing: float
     ) -> LossSums:
         """Summed losses of the targets: of the first softmax those of all, of each other those of its cluster."""
-        del rows_B, train
         assert not label_smoothing, "lm.config refuses it"
         targets_N, weights_N = targets_BT.reshape(-1), weights_BT.reshape(-1)
         cluster_N = jnp.searchsorted(jnp.array(self.cutoffs), targets_N, side="right")

@@ -73,15 +73,16 @@ class LanguageModel(nn.Module):
         """
         x_BTD, table_VD = self.embedding(inputs_BT, train)
         hidden_BTD, carry = self.stack(x_BTD, carry, segments_BT=segments_BT, rows_B=rows_B, train=train)
-        return self.output.loss_sums(hidden_BTD, targets_BT, weights_BT, table_VD, label_smoothing, rows_B, train), carry
+        read = self.output.read(hidden_BTD, rows_B, train)
+        return self.output.loss_sums(read, targets_BT, weights_BT, table_VD, label_smoothing), carry
 
     def logits(self, hidden_BTD: Array) -> Array:
         """float32 [B, T, V]."""
-        return self.output.logits(hidden_BTD, self.embedding.table)
+        return self.output.logits(self.output.read(hidden_BTD), self.embedding.table)
 
     def score(self, hidden_BTD: Array, targets_BT: Array, temperature: float = 1.0, *, rows_B=None, train=False) -> TokenScores:
         """Scores of the targets [B, T], with logits divided by the temperature; `rows_B` and `train` as in a call."""
-        return self.output.score(hidden_BTD, targets_BT, self.embedding.table, temperature, rows_B, train)
+        return self.output.score(self.output.read(hidden_BTD, rows_B, train), targets_BT, self.embedding.table, temperature)
 
     def touch_all(self, inputs_BT: Array) -> Array:
         """Runs everything that has parameters; for initialisation."""

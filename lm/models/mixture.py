@@ -1,6 +1,6 @@
 """A mixture of softmaxes in place of one: an output whose logarithm has a higher rank than its hidden states."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,17 @@ from lm.models.layers import Dropout, Initializer
 from lm.models.output import LossSums, TokenScores, loss_sums, plain_logits, score_by_log_probs, score_tokens
 
 Array = jax.Array
+
+
+class Read(NamedTuple):
+    """What the softmaxes read of a token: log π, float32, and a vector for each softmax."""
+
+    log_prior_BTK: Array
+    latent_BTKE: Array
+
+
+def _by_tokens(read):
+    return tuple(leaf.reshape(-1, *leaf.shape[2:]) for leaf in read)
 
 
 class MixtureOutput(nn.Module):
@@ -43,46 +54,31 @@ class MixtureOutput(nn.Module):
     def _matrix(self, table_VD):
         return (table_VD if self.tied else self.kernel).astype(self.dtype)
 
-    def _components(self, hidden_BTD, rows_B=None, train=False):
-        """log π [B, T, K], float32, and what each softmax reads [B, T, K, E]."""
+    def read(self, hidden_BTD: Array, rows_B=None, train=False) -> Read:
+        """What the softmaxes read, which `logits`, `score` and `loss_sums` take; `rows_B` key dropout, `train` turns it on."""
         hidden_BTD = hidden_BTD.astype(self.dtype)
         log_prior_BTK = jax.nn.log_softmax(self.prior(hidden_BTD).astype(jnp.float32))
         latent = self.dropout(jnp.tanh(self.latent(hidden_BTD)), rows_B, train)
-        return log_prior_BTK, latent.reshape(*log_prior_BTK.shape, self.embed_dim)
+        return Read(log_prior_BTK, latent.reshape(*log_prior_BTK.shape, self.embed_dim))
 
-    def _flat_components(self, *args):
-        """`_components` by tokens."""
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self._components(*args))
-
-    def logits(self, hidden_BTD: Array, table_VD: Array) -> Array:
+    def logits(self, read: Read, table_VD: Array) -> Array:
         """Log probabilities, float32 [B, T, V]."""
-        return self._log_probs(*self._components(hidden_BTD), self._matrix(table_VD), 1.0)
+        return self._log_probs(*read, self._matrix(table_VD), 1.0)
 
     def _log_probs(self, log_prior, latent, matrix, temperature):
         logits = plain_logits(latent / temperature, matrix, self.bias / temperature, self.tied)
         return jax.nn.logsumexp(log_prior[..., None] + jax.nn.log_softmax(logits), axis=-2)
 
-    def score(
-        self, hidden_BTD: Array, targets_BT: Array, table_VD: Array, temperature: float = 1.0, rows_B=None, train=False
-    ) -> TokenScores:
+    def score(self, read: Read, targets_BT: Array, table_VD: Array, temperature: float = 1.0) -> TokenScores:
         """Scores of the targets; the temperature divides the logits of each softmax."""
-        matrix, inputs = self._matrix(table_VD), self._flat_components(hidden_BTD, rows_B, train)
+        matrix = self._matrix(table_VD)
 
         def log_probs(log_prior_NK, latent_NKD):
             return self._log_probs(log_prior_NK, latent_NKD, matrix, temperature)
 
-        return score_by_log_probs(log_probs, inputs, targets_BT, self.vocab_size * (self.num_softmaxes + 1))
+        return score_by_log_probs(log_probs, _by_tokens(read), targets_BT, self.vocab_size * (self.num_softmaxes + 1))
 
-    def loss_sums(
-        self,
-        hidden_BTD: Array,
-        targets_BT: Array,
-        weights_BT: Array,
-        table_VD: Array,
-        label_smoothing: float,
-        rows_B=None,
-        train=False,
-    ) -> LossSums:
+    def loss_sums(self, read: Read, targets_BT: Array, weights_BT: Array, table_VD: Array, label_smoothing: float) -> LossSums:
         """Summed losses of the targets, with the gradient of the objective; without label smoothing.
 
         The gradient of -log Σ_k π_k p_k is that of Σ_k r_k (-log π_k - log p_k), where r_k is the share that softmax k has in
@@ -90,7 +86,7 @@ class MixtureOutput(nn.Module):
         """
         assert not label_smoothing, "lm.config refuses it"
         matrix, num_softmaxes = self._matrix(table_VD), self.num_softmaxes
-        log_prior_NK, latent_NKD = self._flat_components(hidden_BTD, rows_B, train)
+        log_prior_NK, latent_NKD = _by_tokens(read)
         latent_MD = latent_NKD.reshape(-1, self.embed_dim)
         targets_M, weights_N = jnp.repeat(targets_BT.reshape(-1), num_softmaxes), weights_BT.reshape(-1)
         scores = score_tokens(*jax.lax.stop_gradient((latent_MD, matrix, self.bias)), targets_M, self.tied)

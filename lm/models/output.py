@@ -275,32 +275,26 @@ class OutputLayer(nn.Module):
         matrix = table_VD if self.tied else self.param("kernel", self.kernel_init, (hidden_dim, self.vocab_size))
         return matrix.astype(self.dtype), self.param("bias", nn.initializers.zeros, (self.vocab_size,))
 
+    def read(self, hidden_BTD: Array, rows_B=None, train=False) -> Array:
+        """What the softmax reads, which `logits`, `score` and `loss_sums` take: the hidden states as they are."""
+        del rows_B, train
+        return hidden_BTD
+
     def logits(self, hidden_BTD: Array, table_VD: Array) -> Array:
         """float32 [B, T, V]."""
         matrix, bias_V = self._matrix_and_bias(hidden_BTD.shape[-1], table_VD)
         return plain_logits(hidden_BTD.astype(self.dtype), matrix, bias_V, self.tied)
 
-    def score(
-        self, hidden_BTD: Array, targets_BT: Array, table_VD: Array, temperature: float = 1.0, rows_B=None, train=False
-    ) -> TokenScores:
+    def score(self, hidden_BTD: Array, targets_BT: Array, table_VD: Array, temperature: float = 1.0) -> TokenScores:
         """Scores of the targets, without ever holding [B, T, V] where that is big; the temperature divides the logits."""
-        del rows_B, train  # nothing is dropped here
         hidden_ND, matrix, bias_V = self._flat(hidden_BTD, table_VD)
         scores = score_tokens(hidden_ND / temperature, matrix, bias_V / temperature, targets_BT.reshape(-1), self.tied)
         return jax.tree.map(lambda leaf_N: leaf_N.reshape(targets_BT.shape), scores)
 
     def loss_sums(
-        self,
-        hidden_BTD: Array,
-        targets_BT: Array,
-        weights_BT: Array,
-        table_VD: Array,
-        label_smoothing: float,
-        rows_B=None,
-        train=False,
+        self, hidden_BTD: Array, targets_BT: Array, weights_BT: Array, table_VD: Array, label_smoothing: float
     ) -> LossSums:
         """Summed losses of the targets, for training; see `loss_sums`."""
-        del rows_B, train
         flat = self._flat(hidden_BTD, table_VD)
         return loss_sums(*flat, targets_BT.reshape(-1), weights_BT.reshape(-1), self.tied, label_smoothing)
 
