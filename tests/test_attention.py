@@ -163,15 +163,64 @@ def test_attention_that_shows_its_weights_mixes_the_same(rng, window):
     np.testing.assert_allclose(unseen, shown, rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_masks_differ_over_rows_heads_and_tokens():
-    """Queries and keys are zero, so weights are even; values are one-hot, so what is mixed shows each weight by itself."""
-    rows, length = 6, 8
+@pytest.mark.parametrize("window", [None, 3])
+def test_tokens_one_by_one_attend_as_all_at_once(rng, window):
+    """Mixed values, gradients and weights; position p is in slot p % slots, and a token's weights are by slot."""
+    attention = Attention(D, HEADS, True, nn.initializers.normal(0.5), nn.initializers.normal(0.5))
+    x, cotangent = (rng.normal(size=(B, T, D)).astype(np.float32) for _ in range(2))
+    params = attention.init(jax.random.key(0), x, places((B, T), None, None, window)[0])["params"]
+    num_slots = window or T
+
+    def attend_to(params, x, where, cache):
+        (mixed, cache), sown = attention.apply({"params": params}, x, where, cache, mutable=["intermediates"])
+        return mixed, cache, sown["intermediates"]["attention_weights"][0]
+
+    def at_once(params, x):
+        mixed, _, weights = attend_to(params, x, places((B, T), None, None, window)[0], None)
+        return mixed, weights
+
+    def one_by_one(params, x):
+        slots, cache = empty_slots(B, num_slots), (jnp.zeros((B, HEADS, num_slots, D // HEADS)),) * 2
+        found = []
+        for t in range(T):
+            where, slots = places((B, 1), None, slots, window)
+            mixed, cache, weights = attend_to(params, x[:, t : t + 1], where, cache)
+            found.append((mixed, weights))
+        return tuple(jnp.concatenate(parts, axis) for parts, axis in zip(zip(*found, strict=True), (1, 2), strict=True))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients_of(function, params, x):
+        mixed, backward, weights = jax.vjp(function, params, x, has_aux=True)
+        return mixed, weights, backward(cotangent)
+
+    (mixed, weights, gradients), (want, want_weights, want_gradients) = (
+        gradients_of(function, params, x) for function in (one_by_one, at_once)
+    )
+    np.testing.assert_allclose(mixed, want, rtol=1e-5, atol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), gradients, want_gradients)
+    assert weights.shape == (B, HEADS, T, num_slots)
+    for t in range(T):
+        positions = np.arange(max(0, t + 1 - num_slots), t + 1)
+        np.testing.assert_allclose(
+            weights[:, :, t, positions % num_slots], want_weights[:, :, t, positions], rtol=1e-5, atol=1e-6
+        )
+        np.testing.assert_allclose(weights[:, :, t].sum(axis=-1), 1, rtol=1e-6)
+
+
+def even_attention(length):
+    """Attention with dropout of half its weights, its parameters, and 6 texts: queries and keys are zero, so weights are even;
+    values are one-hot, so what is mixed shows each weight by itself."""
     width = HEADS * length
     zero, one = {"kernel": np.zeros((width, width)), "bias": np.zeros(width)}, {"kernel": np.eye(width), "bias": np.zeros(width)}
     attention = Attention(width, HEADS, False, ZEROS, ZEROS, dropout_rate=0.5)
-    x = np.tile(np.eye(length, dtype=np.float32), (rows, 1, HEADS))
-    where, _ = places((rows, length), None, None, None)
     params = {"query": zero, "key": zero, "value": one, "outward": one}
+    return attention, params, np.tile(np.eye(length, dtype=np.float32), (6, 1, HEADS))
+
+
+def test_dropout_masks_differ_over_rows_heads_and_tokens():
+    rows, length = 6, 8
+    attention, params, x = even_attention(length)
+    where, _ = places((rows, length), None, None, None)
 
     def run(x, where, rows_B):
         mixed, _ = attention.apply({"params": params}, x, where, rows_B=rows_B, train=True, rngs={"dropout": jax.random.key(0)})
@@ -189,6 +238,28 @@ def test_dropout_masks_differ_over_rows_heads_and_tokens():
     assert len(np.unique(kept[:, :, -2:].reshape(-1, length), axis=0)) > 2 * rows  # and for each token
     alone = run(x[4:], jax.tree.map(lambda p: p[-1:] if p.shape[0] == rows else p, where), np.array([4, 5]))
     np.testing.assert_array_equal(alone, weights[4:])
+
+
+def test_dropout_of_a_token_that_comes_alone_differs_over_rows_and_heads():
+    length = 32
+    attention, params, x = even_attention(length)
+    cache = (jnp.zeros((6, HEADS, length, length)),) * 2
+    where, slots = places((6, length - 1), None, empty_slots(6, length), None)
+    _, cache = attention.apply({"params": params}, x[:, :-1], where, cache)
+
+    @jax.jit
+    def run(rows):
+        where, _ = places((len(rows), 1), None, jax.tree.map(lambda leaf: leaf[rows], slots), None)
+        options = {"rows_B": rows, "train": True, "rngs": {"dropout": jax.random.key(0)}}
+        kept = jax.tree.map(lambda leaf: leaf[rows], cache)
+        return attention.apply({"params": params}, jnp.asarray(x)[rows, -1:], where, kept, **options)[0].reshape(-1, length)
+
+    weights = np.asarray(run(np.arange(6)))
+    kept = weights != 0
+    np.testing.assert_allclose(weights, np.where(kept, 2 / length, 0), rtol=1e-5)
+    assert abs(kept.mean() - 0.5) < 5 * 0.5 / kept.size**0.5
+    assert len(np.unique(kept, axis=0)) == 6 * HEADS
+    np.testing.assert_array_equal(run(np.array([4, 5])), weights[4 * HEADS :])
 
 
 def test_a_token_that_sees_nothing_gives_finite_numbers():

@@ -24,7 +24,7 @@ from lm.parallel import Placement, Sharded, device_summary, join_rows, mesh_size
 
 B, T, V, STEPS, LIMIT = 16, 5, 11, 3, 0.1
 EXPERIMENTS = {
-    "rnn": dict(dropout_rate=0.3, init_scale=0.5),
+    "rnn": dict(dropout_rate=0.3, num_softmaxes=3, softmax_dropout_rate=0.3, init_scale=0.5),
     "gru": dict(dropout_rate=0.3, tie_embeddings=False, init_scale=0.5),
     "lstm": dict(
         dropout_rate=0.3,

@@ -262,7 +262,7 @@ def test_rotary_is_the_same_a_million_tokens_on(rng):
 
 def test_learned_positions_cannot_be_carried_past_their_table():
     stack = stack_with(positions="learned", max_positions=10, attention_window=4)
-    assert stack.initial_carry(3, 10)["layer_0"][0].shape == (3, HEADS, 4, D // HEADS)
+    assert stack.initial_carry(3, 10)["cache_0"][0].shape == (3, HEADS, 4, D // HEADS)
     with pytest.raises(
         UserError, match=r"learned positions end at model.max_positions 10, so 11 tokens cannot be carried; .*context"
     ):

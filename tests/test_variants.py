@@ -19,17 +19,23 @@ VOCAB, EOS = 6, 0
 TOKENS = np.random.default_rng(3).integers(0, VOCAB, 23)
 CORPUS = corpus_of(TOKENS, VOCAB, EOS)
 INPUTS = np.concatenate([[EOS], TOKENS[:-1]])
+LOCKED = dict(model__variational_dropout=True, model__dropout_rate=0.3, model__weight_drop_rate=0.3)
+MIXTURE = dict(model__num_softmaxes=3, model__softmax_dropout_rate=0.3)
 
 
 @pytest.fixture(scope="module")
 def lstm():
-    return model_and_params("lstm", VOCAB, model__variational_dropout=True, model__dropout_rate=0.3, model__weight_drop_rate=0.3)
+    return model_and_params("lstm", VOCAB, **LOCKED)
 
 
-def hidden_and_logits(model, params, **options):
+def hidden_and_logits(model, params, train=False, **options):
     """Of the whole text at once: [N, D] and [N, V], float64."""
-    output = model.apply({"params": params}, INPUTS[None], model.initial_carry(1), **options)
-    logits = model.apply({"params": params}, output.hidden_BTD, method="logits")
+
+    def logits(model, hidden_BTD):
+        return model.output.logits(model.output.read(hidden_BTD, None, train), model.embedding.table)
+
+    output = model.apply({"params": params}, INPUTS[None], model.initial_carry(1), train=train, **options)
+    logits = model.apply({"params": params}, output.hidden_BTD, method=logits, **options)
     return np.asarray(output.hidden_BTD[0], np.float64), np.asarray(logits[0], np.float64)
 
 
@@ -53,10 +59,10 @@ def test_a_temperature_divides_the_logits(lstm, temperature):
     np.testing.assert_allclose(found, -of_targets(log_softmax(hidden_and_logits(model, params)[1] / temperature)), atol=2e-5)
 
 
-@pytest.mark.parametrize("num_samples", [1, 20])
-def test_dropout_is_averaged_over_probabilities(lstm, num_samples):
+@pytest.mark.parametrize(("num_samples", "output"), [(1, {}), (20, {}), (5, MIXTURE)], ids=str)
+def test_dropout_is_averaged_over_probabilities(num_samples, output):
     """Locked masks stay the same from segment to segment, so that it does not matter how the text is cut."""
-    model, params = lstm
+    model, params = model_and_params("lstm", VOCAB, **LOCKED, **output)
     samples = [
         of_targets(log_softmax(hidden_and_logits(model, params, train=True, rngs={"dropout": jax.random.key(number)})[1]))
         for number in range(num_samples)

@@ -129,7 +129,7 @@ class TransformerStack(nn.Module):
             )
         num_slots = min(size for size in (length, self.attention_window) if size is not None)
         shape = (batch_size, self.num_heads, num_slots, self.model_dim // self.num_heads)
-        caches = {f"layer_{i}": (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for i in range(self.num_layers)}
+        caches = {f"cache_{i}": (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for i in range(self.num_layers)}
         return {"slots": empty_slots(batch_size, num_slots), **caches}
 
     def __call__(self, x_BTD, carry=None, *, segments_BT=None, rows_B=None, train=False):
@@ -169,7 +169,7 @@ class TransformerStack(nn.Module):
         if train and self.remat != "none":
             run = jax.checkpoint(run, policy=_KEPT[self.remat])
         params = self.variables["params"]
-        layers = [(number, params[name], carry and carry[name]) for number, name in enumerate(names)]
+        layers = [(number, params[name], carry and carry[f"cache_{number}"]) for number, name in enumerate(names)]
         if self.scan_layers and carry is None:  # caches would be copied for every token that is generated
             hidden_BTD, stacked = jax.lax.scan(run, hidden_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
             results = [jax.tree.map(operator.itemgetter(number), stacked) for number in range(len(layers))]
@@ -181,4 +181,4 @@ class TransformerStack(nn.Module):
         for name, (_, sown) in zip(names, results, strict=True):
             if sown:
                 self.put_variable("intermediates", name, sown["intermediates"])
-        return hidden_BTD, {name: cache for name, (cache, _) in zip(names, results, strict=True)}
+        return hidden_BTD, {f"cache_{number}": cache for number, (cache, _) in enumerate(results)}
