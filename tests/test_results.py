@@ -8,6 +8,8 @@ import pytest
 from helpers import ROOT, call_verbs, config_file, draft, write_corpus
 
 import configs._results as registry
+from configs._common import steps_of
+from configs.ptb._text import TRAIN_TOKENS
 from launch.command import load_config
 from lm.config import resolve
 from lm.files import read_json
@@ -23,6 +25,14 @@ def test_every_row_is_an_experiment_of_its_own(monkeypatch):
         assert dataclasses.replace(row, name=ROWS[row.path].name) == ROWS[row.path]
     configs = [repr(resolve(load_config(row.config, list(row.overrides)))) for row in ROWS.values()]
     assert len(set(configs)) == len(configs)
+
+
+def test_what_is_left_out_costs_no_step_of_twelve_epochs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parts = next(section for section in registry.SECTIONS if section.kind == "parts")
+    for row in parts.rows:
+        config = load_config(row.config, list(row.overrides))
+        assert config.training.num_steps == 12 * steps_of(config, TRAIN_TOKENS), row.path
 
 
 @pytest.mark.parametrize("path", [path for path in ROWS if (KEPT / path).exists()])

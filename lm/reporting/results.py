@@ -16,7 +16,7 @@ from lm.errors import UserError
 from lm.files import read_json, write_atomically, write_json
 from lm.reporting.plots import learning_curves
 from lm.reporting.runs import Run, read_run
-from lm.reporting.table import MISSING, Table, comparison_table, duration, figures, result, scored_context
+from lm.reporting.table import MISSING, Table, comparison_table, duration, figures, place, result, scored_context
 
 NOT_YET_RUN = "not yet run"
 
@@ -242,7 +242,7 @@ def _training(runs):
     if not runs:
         return MISSING
     seconds = statistics.median(figures(run)["train_seconds"] for run in runs)
-    places = {f"{run.environment['hardware']}, {run.environment['date'][:10]}" for run in runs}
+    places = {f"{place(run.environment)}, {run.environment['date'][:10]}" for run in runs}
     return f"{duration(seconds)}; {'; '.join(sorted(places))}"
 
 

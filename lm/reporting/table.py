@@ -4,7 +4,8 @@ import dataclasses
 import math
 import statistics
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from lm.reporting.comparable import check_comparable
 from lm.reporting.runs import Run
@@ -123,6 +124,12 @@ def comparison_table(runs: Sequence[Run]) -> Table:
     )
 
 
+def place(environment: Mapping[str, Any]) -> str:
+    """The machine that a run was on, and its devices where they are not its CPU."""
+    devices = "" if environment.get("platform") == "cpu" else f", {environment.get('num_devices')} × {environment.get('device')}"
+    return f"{environment['hardware']}{devices}"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as a person says them: 45 s, 3 min 20 s, 1 h 05 min."""
     if seconds is None:
@@ -230,10 +237,8 @@ def _notes(runs, same_tokens):
         )
     places: dict[str, list[str]] = {}
     for run in runs:
-        where = run.environment
-        if "hardware" in where:
-            devices = "" if where.get("platform") == "cpu" else f", {where.get('num_devices')} × {where.get('device')}"
-            places.setdefault(f"{where['hardware']}{devices}", []).append(run.name)
+        if "hardware" in run.environment:
+            places.setdefault(place(run.environment), []).append(run.name)
     if len(places) > 1:
         trained = "; ".join(f"{', '.join(names)}: {place}" for place, names in places.items())
         yield f"Trained on different machines, so speeds and times do not compare ({trained})."
