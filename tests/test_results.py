@@ -1,6 +1,7 @@
 """launch.results: what is kept of a run, which rows the page has, and that it says what the kept files say."""
 
 import dataclasses
+import json
 import math
 import shutil
 
@@ -66,6 +67,11 @@ SECTIONS = (
 """
 
 
+def valid_lines(kept):
+    lines = [json.loads(line) for line in (kept / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == "valid"]
+
+
 def test_what_is_kept_of_runs_is_on_the_page(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     fields = dict(training__num_steps=3, training__evaluate_every_steps=2, training__log_every_steps=1, evaluation__rows=4)
@@ -101,6 +107,12 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path):
     assert f"| 20.5 / 19.25 (A paper) | {spread('valid')} | {spread('test')} | carried |" in plain and "| 0, 1 |" in plain
     equal, parts = lines[lines.index("## equal") :], lines[lines.index("## parts") :]
     assert any(line.startswith("| LSTM | ") for line in equal) and any(line.startswith("| all of it | ") for line in parts)
+    (reached,) = [line for line in equal if line.startswith("At equal training time, ")]
+    looks = {name: valid_lines(folder / row / "seed_0") for name, row in (("LSTM", "a/lstm"), ("without a part", "a/part"))}
+    seconds = min(lines[-1]["seconds"] for lines in looks.values())
+    for name, lines_of_valid in looks.items():
+        found = min((line["perplexity"] for line in lines_of_valid if line["seconds"] <= seconds), default=math.inf)
+        assert f"{name} {found:,.2f}" in reached
     (adapted,) = [line for line in lines if line.startswith("| LSTM, dynamic sgd, 0.1, 0.0, 5 | ")]
     assert f"| – / 9.0 (A paper) | {spread('valid.dynamic-sgd-0.1-0.0-5')} |" in adapted
     (last,) = [line for line in lines if line.startswith("| LSTM, last epoch | ")]

@@ -200,7 +200,23 @@ def _equal(section, runs):
     lines = comparison_table(there).markdown().splitlines() if there else []
     missing = [row.name for row in section.rows if not runs[row.path]]
     said = [f"Not yet run: {', '.join(missing)}."] if missing else []
+    if len(there) > 1 and len({place(run.environment) for run in there}) == 1:
+        said = [_at_equal_time(there), "", *said]
     return [*lines, "", *said] if lines else said
+
+
+def _at_equal_time(runs):
+    """What each had reached on valid when the first was through."""
+    seconds = min(run.valid_lines[-1]["seconds"] for run in runs)
+    lowest = {
+        run.name: min((line["perplexity"] for line in run.valid_lines if line["seconds"] <= seconds), default=math.inf)
+        for run in runs
+    }
+    reached = ", ".join(f"{name} {result(value, 2)}" for name, value in sorted(lowest.items(), key=lambda item: item[1]))
+    return (
+        f"At equal training time, {duration(seconds)}, when the first was through all its steps: {reached}. These are the lowest "
+        "of the looks at valid while training; who is slower was then still on its way down its schedule of learning rates."
+    )
 
 
 def _parts(section, runs):
