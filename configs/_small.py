@@ -4,13 +4,15 @@ from configs._common import steps_of
 from lm.config import Config
 
 TOKENS_PER_STEP = 2240
+LEARNING_RATES = {"rnn": 0.002, "gru": 0.012, "lstm": 0.01, "transformer": 0.002}  # chosen in the trials of configs/ptb/small
 
 
 def small(config: Config, num_params: int, train_tokens: int, epochs: int) -> Config:
     """The paper's recipe with less dropout, Adam's steps and a cosine for its few epochs.
 
     All architectures share dropout of words, of embeddings and between layers. Recurrent ones read a stream, with locked
-    masks, dropped weights, penalties and steps of random length; Transformers read windows, with dropout of attention.
+    masks, dropped weights, penalties and steps of random length (RNNs without dropped weights and penalties, with which they
+    learn next to nothing); Transformers read windows, with dropout of attention.
 
     Args:
       config: of a corpus of words, with its architecture; changed and returned.
@@ -26,10 +28,12 @@ def small(config: Config, num_params: int, train_tokens: int, epochs: int) -> Co
         config.evaluation.context, config.evaluation.stride = 140, 35
     else:
         data.seq_len, data.seq_len_std = 35, 5.0
-        model.variational_dropout, model.output_dropout_rate, model.weight_drop_rate = True, 0.3, 0.3
-        training.activation_penalty, training.temporal_activation_penalty = 2.0, 1.0
+        model.variational_dropout, model.output_dropout_rate = True, 0.3
+        if model.architecture != "rnn":
+            model.weight_drop_rate, training.activation_penalty, training.temporal_activation_penalty = 0.3, 2.0, 1.0
     data.batch_size = TOKENS_PER_STEP // data.seq_len
     optimizer.name, optimizer.weight_decay = "adamw", 0.01
+    optimizer.learning_rate = LEARNING_RATES[model.architecture]
     optimizer.schedule, optimizer.warmup_steps, optimizer.final_fraction = "cosine", 100, 0.01
     epoch = steps_of(config, train_tokens)
     training.num_steps, training.evaluate_every_steps, training.log_every_steps = epochs * epoch, epoch, 100

@@ -15,6 +15,4 @@ from configs.ptb._text import TRAIN_TOKENS, penn_treebank
 
 
 def get_config(argument=""):
-    config = small(penn_treebank("lstm"), 4_000_000, TRAIN_TOKENS, epochs=25)
-    config.optimizer.learning_rate = 0.01
-    return finish(config, argument)
+    return finish(small(penn_treebank("lstm"), 4_000_000, TRAIN_TOKENS, epochs=25), argument)
