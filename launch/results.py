@@ -80,6 +80,9 @@ def _train_and_score(row, draft, workdir):
     backend.start()
     if FLAGS.data_path:
         draft = replaced(draft, "data", path=FLAGS.data_path)
+    if draft.training.init_from:
+        start = pathlib.Path(FLAGS.workdir) / draft.training.init_from / workdir.name
+        draft = replaced(draft, "training", init_from=str(start))
     label = f"{row.path}/{workdir.name}"
     console.train_shown(draft, str(workdir), label)
     for step in ("best", "latest") if row.last_epoch else ("best",):

@@ -49,18 +49,19 @@ def test_a_kept_run_is_of_the_row_as_it_is_today_and_speaks_of_no_machine(path, 
 
 TABLES = """
 from lm.evaluation.variants import Dynamic, Variant
-from lm.reporting.results import Row, Section
+from lm.reporting.results import Published, Row, Section
 
 PATH, RATE = {path!r}, {rate}
 DYNAMIC = Variant(Dynamic("sgd", 0.1, 0.0))
-PUBLISHED = {{"": (20.5, 19.25), "dynamic": (None, 9.0)}}
-WHOLE = Row("a/lstm", "LSTM", PATH, (), (0, 1), "A paper", PUBLISHED, (DYNAMIC,), True)
-RENAMED = Row("a/lstm", "all of it", PATH, (), (0, 1), "A paper", PUBLISHED, (DYNAMIC,), True)
+PUBLISHED = {{"": Published(20.5, 19.25, "A paper"), "dynamic": Published(None, 9.0, "Another")}}
+WHOLE = Row("a/lstm", "LSTM", PATH, (), (0, 1), PUBLISHED, (DYNAMIC,), True)
+RENAMED = Row("a/lstm", "all of it", PATH, (), (0, 1), PUBLISHED, (DYNAMIC,), True)
+TUNED = Row("a/tuned", "tuned", PATH, ("--config.training.init_from=a/part",))
 PART = Row("a/part", "without a part", PATH, (f"--config.optimizer.learning_rate={{RATE}}",))
-MISSING = Row("a/missing", "Missing", PATH, ("--config.data.batch_size=2",), published={{"": (3.0, 2.0)}})
+MISSING = Row("a/missing", "Missing", PATH, ("--config.data.batch_size=2",), published={{"": Published(3.0, 2.0, "A paper")}})
 OPENING = "Opening."
 SECTIONS = (
-    Section("published", "Of papers.", "published", (WHOLE, PART, MISSING)),
+    Section("published", "Of papers.", "published", (WHOLE, PART, TUNED, MISSING)),
     Section("equal", "Of equals.", "equal", (WHOLE, PART, MISSING)),
     Section("parts", "Of parts.", "parts", (RENAMED, PART, MISSING)),
 )
@@ -81,10 +82,12 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path):
     folder, workdir = tmp_path / "results", tmp_path / "runs"
     verb = ["launch.results", f"--folder={folder}", f"--tables={tmp_path / 'tables.py'}"]
     train = [f"--workdir={workdir}", f"--data_path={corpus}"]
-    calls = [[*verb], *([*verb, *train, f"--only={row}"] for row in ("a/lstm", "a/part"))]
+    calls = [[*verb], *([*verb, *train, f"--only={row}"] for row in ("a/lstm", "a/tuned", "a/part", "a/tuned"))]
     empty, *trained = call_verbs(calls, tmp_path / "said")
-    assert empty.code == 0 and "0 of 3 rows are there" in empty.out
-    assert [done.code for done in trained] == [0, 0] and "2 of 3 rows are there" in trained[1].out
+    assert empty.code == 0 and "0 of 4 rows are there" in empty.out
+    assert [done.code for done in trained] == [0, 1, 0, 0] and "3 of 4 rows are there" in trained[3].out
+    assert "a/part/seed_0" in trained[1].err  # where it is to start from
+    assert read_json(folder / "a" / "tuned" / "seed_0" / "config.json", "")["resolved"]["training"]["init_from"] == "a/part"
     assert "a/lstm/seed_0, best.dynamic-sgd-0.1-0.0-5: perplexity valid" in trained[0].out
     shutil.rmtree(workdir)
     before = (folder / "README.md").read_text()
@@ -113,8 +116,10 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path):
     for name, lines_of_valid in looks.items():
         found = min((line["perplexity"] for line in lines_of_valid if line["seconds"] <= seconds), default=math.inf)
         assert f"{name} {found:,.2f}" in reached
-    (adapted,) = [line for line in lines if line.startswith("| LSTM, dynamic sgd, 0.1, 0.0, 5 | ")]
-    assert f"| – / 9.0 (A paper) | {spread('valid.dynamic-sgd-0.1-0.0-5')} |" in adapted
+    (adapted,) = [
+        line for line in lines if line.startswith("| LSTM, dynamic: rule sgd, learning rate 0.1, decay 0.0, segment 5 | ")
+    ]
+    assert f"| – / 9.0 (Another) | {spread('valid.dynamic-sgd-0.1-0.0-5')} |" in adapted
     (last,) = [line for line in lines if line.startswith("| LSTM, last epoch | ")]
     assert spread("test.step-3") in last
     (absent,) = [line for line in lines if line.startswith("| Missing | ") and "3.0 / 2.0" in line]

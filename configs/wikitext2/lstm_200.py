@@ -2,7 +2,9 @@
 
 python -m launch.train --config=configs/wikitext2/lstm_200.py --config.data.path=/path/to/wikitext-2 --workdir=runs/wt2_lstm_200
 
-Not yet run. Three epochs of the example's 40; python -m launch.word_language_model --epochs=3 is the same in PyTorch.
+Not yet run. Three epochs of the example's 40; the same in PyTorch is
+
+python -m launch.word_language_model --data_path=/path/to/wikitext-2 --epochs=3
 """
 
 from configs._common import finish, steps_of

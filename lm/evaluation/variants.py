@@ -24,7 +24,8 @@ class Dynamic:
     """Dynamic evaluation: after each few tokens were scored, the parameters take a step along their gradient.
 
     Krause et al. 2018, arXiv:1709.07432: θ <- θ - η g / (r + ε) + min(1, λ r / mean(r)) (θ₀ - θ), where r is the root mean
-    square of the gradients of train (section 4.2); or, with rule "sgd", θ <- θ - η g + λ (θ₀ - θ).
+    square of the gradients of train (section 4.2); or, with rule "sgd", θ <- θ - η g + λ (θ₀ - θ). The defaults are those of
+    the authors' code for rms on the Penn Treebank (its older ones, 0.002, 0.02 and 0.001, are of sums in place of means).
 
     Attributes:
       rule: "rms" or "sgd".
@@ -35,9 +36,9 @@ class Dynamic:
     """
 
     rule: str = "rms"
-    learning_rate: float = 0.002
-    decay: float = 0.02
-    epsilon: float = 0.001
+    learning_rate: float = 5e-5
+    decay: float = 0.002
+    epsilon: float = 2e-5
     segment: int = 5
 
 

@@ -21,6 +21,14 @@ from lm.reporting.table import MISSING, Table, comparison_table, duration, figur
 NOT_YET_RUN = "not yet run"
 
 
+class Published(typing.NamedTuple):
+    """Figures of a paper, in the section's measure."""
+
+    valid: float | None
+    test: float | None
+    paper: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A model of the tables, and how it comes about.
@@ -28,10 +36,9 @@ class Row:
     Attributes:
       path: where its runs are kept in the folder of results; unique.
       name: in the tables.
-      config, overrides: as launch.train takes them.
+      config, overrides: as launch.train takes them; but `training.init_from` is the path of a row, which is trained before.
       seeds: one run each; tables show the median.
-      paper: where figures of it were published.
-      published: valid and test by way of scoring: "" as trained, "dynamic", "cache"; in the section's measure.
+      published: by way of scoring: "" as trained, "last epoch", "dynamic", "cache".
       variants: further ways of scoring (lm.evaluation.variants.Variant), whose settings were chosen on valid.
       last_epoch: whether the paper reports its last epoch, which is then scored beside the best on valid.
     """
@@ -41,8 +48,7 @@ class Row:
     config: str
     overrides: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
-    paper: str | None = None
-    published: Mapping[str, tuple[float | None, float | None]] = dataclasses.field(default_factory=dict)
+    published: Mapping[str, Published] = dataclasses.field(default_factory=dict)
     variants: tuple[Any, ...] = ()
     last_epoch: bool = False
 
@@ -81,6 +87,7 @@ def keep(workdir: pathlib.Path, kept: pathlib.Path, draft: Config) -> None:
     run, saved = read_run(workdir), read_json(workdir / "config.json", "")
     for form in ("given", "resolved"):
         saved[form]["data"] |= {name: getattr(draft.data, name) for name in ("path", "cache_dir", "prepared")}
+        saved[form]["training"]["init_from"] = draft.training.init_from
     for name, evaluation in run.evaluations.items():
         write_json(kept / "evaluation" / f"{name}.json", {**evaluation, "text": pathlib.Path(evaluation["text"]).name})
     lines = [*run.train_lines, *run.valid_lines]
@@ -163,10 +170,16 @@ def _how(protocol):
     extras = {**(protocol["adaptation"] or {}), **{name: protocol.get(name) for name in ("dropout_samples", "temperature")}}
     extras = {name: settings for name, settings in extras.items() if settings is not None}
     words = [
-        f"{name.replace('_', ' ')} {', '.join(map(str, settings.values())) if isinstance(settings, dict) else settings}"
+        f"{_words(name)}: {', '.join(f'{_words(key)} {value}' for key, value in settings.items())}"
+        if isinstance(settings, dict)
+        else f"{_words(name)} {settings}"
         for name, settings in extras.items()
     ]
     return next(iter(extras), ""), "; ".join(words)
+
+
+def _words(name):
+    return name.replace("_", " ")
 
 
 def _published(section, runs):
@@ -178,12 +191,11 @@ def _published(section, runs):
         reached = {way.kind for way in ways}
         wanted = row.published or ([""] if not ways else [])
         for way in [*ways, *(_Way(kind, kind, [], []) for kind in wanted if kind not in reached)]:
-            paper = " / ".join(MISSING if value is None else str(value) for value in row.published.get(way.kind, ()))
             lines.append(
                 (
                     ", ".join(filter(None, (row.name, way.label))),
                     f"{statistics.median(run.num_params for run in runs[row.path]):,.0f}" if runs[row.path] else MISSING,
-                    f"{paper} ({row.paper})" if paper else MISSING,
+                    _quoted(row.published[way.kind]) if way.kind in row.published else MISSING,
                     *(_spread(found, section.measure) for found in (way.valids, way.tests)),
                     scored_context(way.tests[0]["protocol"]) if way.tests else MISSING,
                     _training(runs[row.path]),
@@ -192,6 +204,11 @@ def _published(section, runs):
                 )
             )
     return _markdown(headers, lines)
+
+
+def _quoted(published):
+    valid, test = (MISSING if value is None else str(value) for value in published[:2])
+    return f"{valid} / {test} ({published.paper})"
 
 
 def _equal(section, runs):
