@@ -4,9 +4,10 @@ from lm.evaluation.variants import Cache, Dynamic, Variant
 from lm.reporting.results import Published, Row, Section
 
 OPENING = """\
-Perplexities of this codebase. Each figure is of one static model's best checkpoint on valid, on the whole split, every token
-scored once in corpus order; what was done otherwise is said in its line. Test was scored once. The JSON files behind the
-figures, with the protocol, the environment and the seed of each, lie beside this page, which is made of them alone:
+Perplexities of this codebase. Each figure is of one model as trained, at the checkpoint with the lowest loss on valid, on the
+whole split, every token scored once in corpus order; what was done otherwise is said in its line. Test was scored once in
+each way. The JSON files behind the figures, with the protocol, the environment and the seed of each, lie beside this page,
+which is made of them alone:
 
     python -m launch.results --folder=lm/reporting/results
 
@@ -14,7 +15,8 @@ A row is trained and scored, and again after any interruption taken up, by
 
     python -m launch.results --folder=lm/reporting/results --only=ptb/small --workdir=runs/results --data_path=/path/to/ptb
 
-which is `launch.train` with the config of its line and `--config.data.path`, then `launch.evaluate` for valid and test."""
+which is `launch.train` with the config of its line and `--config.data.path`, then `launch.evaluate` for valid and test.
+`--only` takes any part of a path, such as `ptb/parts` or `wikitext2/small`."""
 
 
 def _row(path: str, name: str, **options) -> Row:
@@ -115,13 +117,16 @@ SECTIONS = (
     ),
     Section(
         "Small models of the Penn Treebank on equal terms",
-        "Four million parameters each, widths solved from that budget; the same text and the same number of epochs.",
+        """\
+Four million parameters each, widths solved from that budget; the same text, 25 epochs, and three trials of two epochs or four
+for a learning rate of its own. What the recipes share and where they differ stands in `configs/_small.py`. The last column is
+the step of the best checkpoint; tokens seen and time are those of the whole training, the speed its median.""",
         "equal",
         (_row("ptb/small/rnn", "RNN"), _row("ptb/small/gru", "GRU"), _LSTM, _row("ptb/small/transformer", "Transformer")),
     ),
     Section(
         "Small models of WikiText-2 on equal terms",
-        "Eight million parameters each and four epochs, otherwise as those of the Penn Treebank.",
+        "Eight million parameters each and four epochs, otherwise as those of the Penn Treebank, with their learning rates.",
         "equal",
         tuple(_row(f"wikitext2/small/{model.lower()}", model) for model in ("RNN", "GRU", "LSTM", "Transformer")),
     ),
@@ -133,7 +138,8 @@ SECTIONS = (
     ),
     Section(
         "What each regulariser buys",
-        "The small LSTM for twelve epochs with one part of its recipe left out, all else equal; the cost is in nats per token.",
+        "The small LSTM for twelve epochs (5,100 steps; 4,968 where all are of 35 tokens) with one part of its recipe left out, all "
+        "else equal; the cost is in nats per token.",
         "parts",
         (
             _part("the whole recipe"),
