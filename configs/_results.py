@@ -138,8 +138,8 @@ the step of the best checkpoint; tokens seen and time are those of the whole tra
     ),
     Section(
         "What each regulariser buys",
-        "The small LSTM for twelve epochs (5,100 steps; 4,968 where all are of 35 tokens) with one part of its recipe left out, all "
-        "else equal; the cost is in nats per token.",
+        "The small LSTM for twelve epochs (5,100 steps; 4,968 where all are of 35 tokens) with one part of its recipe left out, "
+        "all else equal; the cost is in nats per token.",
         "parts",
         (
             _part("the whole recipe"),
