@@ -219,7 +219,7 @@ def _equal(section, runs):
     said = [f"Not yet run: {', '.join(missing)}."] if missing else []
     if len(there) > 1 and len({place(run.environment) for run in there}) == 1:
         said = [_at_equal_time(there), "", *said]
-    return [*lines, "", *said] if lines else said
+    return [*lines, *([""] if lines and said else []), *said]
 
 
 def _at_equal_time(runs):
