@@ -4,8 +4,8 @@ python -m launch.train --config=configs/ptb/small/rnn.py --config.data.path=/pat
 
 Perplexity valid 126.83, test 117.81. 2,982 s on two cores of an Intel Xeon (2026-11-27, Python 3.11, JAX 0.10.2, seed 0).
 
-The only one of the four with a fourth trial of two epochs: the LSTM's whole recipe had 371.27 on valid at 0.004 and 352.37 at 0.002,
-at 0.001 it was given up after one epoch at 547.02; without dropped weights and penalties, at 0.002, it had 196.07.
+The only one of the four with a fourth trial of two epochs: the LSTM's whole recipe had 371.27 on valid at 0.004 and 352.37 at
+0.002, at 0.001 it was given up after one epoch at 547.02; without dropped weights and penalties, at 0.002, it had 196.07.
 """
 
 from configs._common import finish
