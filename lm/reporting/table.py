@@ -126,8 +126,8 @@ def comparison_table(runs: Sequence[Run]) -> Table:
 
 def place(environment: Mapping[str, Any]) -> str:
     """The machine that a run was on, and its devices where they are not its CPU."""
-    devices = "" if environment.get("platform") == "cpu" else f", {environment.get('num_devices')} × {environment.get('device')}"
-    return f"{environment['hardware']}{devices}"
+    on_cpu = environment.get("platform") in ("cpu", None)  # None: an n-gram model's, which takes no device
+    return environment["hardware"] + ("" if on_cpu else f", {environment['num_devices']} × {environment['device']}")
 
 
 def duration(seconds: float | None) -> str:
