@@ -15,7 +15,8 @@ A row is trained and scored, and again after any interruption taken up, by
 
     python -m launch.results --folder=lm/reporting/results --only=ptb/small --workdir=runs/results --data_path=/path/to/ptb
 
-which is `launch.train` with the config of its line and `--config.data.path`, then `launch.evaluate` for valid and test.
+which is `launch.train` with the config of its line and `--config.data.path`, then `launch.evaluate` for valid and test. What is
+kept in the folder is not run again; with another `--folder` it is.
 `--only` takes any part of a path, such as `ptb/parts` or `wikitext2/small`."""
 
 
@@ -24,11 +25,16 @@ def _row(path: str, name: str, **options) -> Row:
     return Row(path, name, f"configs/{path}.py", **options)
 
 
-_DYNAMIC = Variant(Dynamic("sgd", 0.3, 0.001))
-_KRAUSE = Variant(Dynamic())
+_BY_SGD, _BY_RMS = Variant(Dynamic("sgd", 0.3, 0.001)), Variant(Dynamic())
 _ZAREMBA_2014, _MERITY_2018, _KRAUSE_2018 = "Zaremba et al. 2014", "Merity et al. 2018", "Krause et al. 2018"
 _YANG_2018, _DAI_2019, _MELIS_2020 = "Yang et al. 2018", "Dai et al. 2019", "Melis et al. 2020"
-_FINE_TUNED = "--config.training.averaging=start", "--config.training.early_stopping=5"
+
+
+def _tuned(first: Row, name: str, published, variants, *overrides: str) -> Row:
+    """Another row's model after a fine-tuning stage: from its best parameters, averaged from the start."""
+    stage = f"training.init_from={first.path}", "training.averaging=start", "training.early_stopping=5", *overrides
+    given = tuple(f"--config.{override}" for override in stage)
+    return Row(f"{first.path}_tuned", name, first.config, given, published=published, variants=variants)
 
 
 def _zaremba(size: str, valid: float, test: float, seeds=(0,)) -> Row:
@@ -44,17 +50,15 @@ def _awd_lstm(corpus: str, cache: Cache, *, plain, tuned, cached, dynamic) -> tu
         "cache": Published(*cached, _MERITY_2018),
         "dynamic": Published(*dynamic, _KRAUSE_2018),
     }
-    overrides = f"--config.training.init_from={first.path}", *_FINE_TUNED
-    return first, Row(
-        f"{first.path}_tuned", "AWD-LSTM", first.config, overrides, published=published, variants=(Variant(cache=cache), _KRAUSE)
-    )
+    return first, _tuned(first, "AWD-LSTM", published, (Variant(cache=cache), _BY_RMS))
 
 
 def _mogrifier(corpus: str, static, dynamic) -> Row:
     published = {"": Published(*static, _MELIS_2020), "dynamic": Published(*dynamic, _MELIS_2020)}
-    return _row(f"{corpus}/mogrifier", "Mogrifier LSTM", published=published, variants=(_KRAUSE,))
+    return _row(f"{corpus}/mogrifier", "Mogrifier LSTM", published=published, variants=(_BY_RMS,))
 
 
+_MOS = _row("ptb/awd_lstm_mos", "AWD-LSTM-MoS without fine-tuning", published={"": Published(58.08, 55.97, _YANG_2018)})
 _PTB = (
     _zaremba("small", 120.7, 114.5, seeds=(0, 1, 2)),
     _zaremba("medium", 86.2, 82.7),
@@ -67,14 +71,13 @@ _PTB = (
         cached=(53.9, 52.8),
         dynamic=(51.6, 51.1),
     ),
-    _row("ptb/awd_lstm_mos", "AWD-LSTM-MoS without fine-tuning", published={"": Published(58.08, 55.97, _YANG_2018)}),
-    Row(
-        "ptb/awd_lstm_mos_tuned",
+    _MOS,
+    _tuned(
+        _MOS,
         "AWD-LSTM-MoS",
-        "configs/ptb/awd_lstm_mos.py",
-        ("--config.training.init_from=ptb/awd_lstm_mos", "--config.optimizer.learning_rate=25.0", *_FINE_TUNED),
-        published={"": Published(56.54, 54.44, _YANG_2018), "dynamic": Published(48.33, 47.69, _YANG_2018)},
-        variants=(_KRAUSE,),
+        {"": Published(56.54, 54.44, _YANG_2018), "dynamic": Published(48.33, 47.69, _YANG_2018)},
+        (_BY_RMS,),
+        "optimizer.learning_rate=25.0",
     ),
     _mogrifier("ptb", (51.4, 50.1), (44.9, 44.8)),
     _row("ptb/transformer_xl", "Transformer-XL", published={"": Published(56.72, 54.52, _DAI_2019)}),
@@ -91,7 +94,7 @@ _WIKITEXT2 = (
     ),
     _mogrifier("wikitext2", (57.3, 55.1), (40.2, 38.6)),
 )
-_LSTM = _row("ptb/small/lstm", "LSTM", variants=(_DYNAMIC,))
+_LSTM = _row("ptb/small/lstm", "LSTM", variants=(_BY_SGD,))
 
 
 def _part(name: str, *overrides: str, num_steps: int = 5100) -> Row:

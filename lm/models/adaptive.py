@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from lm.errors import UserError
 from lm.models.layers import Embedding, Initializer, look_up
-from lm.models.output import LossSums, TokenScores, loss_sums, plain_logits, score_by_log_probs
+from lm.models.output import LossSums, OutputModule, TokenScores, loss_sums, plain_logits, score_by_log_probs
 
 Array = jax.Array
 
@@ -67,16 +67,14 @@ class AdaptiveEmbedding(Embedding):
         return self._finished(total_BTD, tokens_BT, train), tuple(tables)
 
 
-class AdaptiveOutput(nn.Module):
+class AdaptiveOutput(OutputModule):
     """hidden -> a softmax over the first cluster's tokens and the other clusters, and within each of these a softmax over its
     tokens, by a product as narrow as the cluster's embeddings (Grave et al. 2017, arXiv:1609.04309).
 
     Attributes:
-      cutoffs, narrowing, tied: see `AdaptiveEmbedding`, whose tables a tied output uses.
+      cutoffs, narrowing: see `AdaptiveEmbedding`, whose tables a tied output uses.
     """
 
-    vocab_size: int
-    tied: bool
     embed_dim: int
     cutoffs: tuple[int, ...]
     narrowing: int
@@ -121,11 +119,6 @@ class AdaptiveOutput(nn.Module):
         size = self.cutoffs[0]
         within = [own + log_probs[0][:, size + i, None] for i, own in enumerate(log_probs[1:])]
         return jnp.concatenate([log_probs[0][:, :size], *within], axis=-1)
-
-    def read(self, hidden_BTD: Array, rows_B=None, train=False) -> Array:
-        """What `logits`, `score` and `loss_sums` take: the hidden states as they are."""
-        del rows_B, train
-        return hidden_BTD
 
     def logits(self, hidden_BTD: Array, tables: tuple[Array, ...]) -> Array:
         """Log probabilities, float32 [B, T, V]."""

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.layers import Dropout, Initializer
-from lm.models.output import LossSums, TokenScores, loss_sums, plain_logits, score_by_log_probs, score_tokens
+from lm.models.output import LossSums, OutputModule, TokenScores, loss_sums, plain_logits, score_by_log_probs, score_tokens
 
 Array = jax.Array
 
 
 class Read(NamedTuple):
-    """What the softmaxes read of a token: log π, float32, and a vector for each softmax."""
+    """log π, float32 [B, T, K], and the vector that each softmax multiplies with E, [B, T, K, E]."""
 
     log_prior_BTK: Array
     latent_BTKE: Array
@@ -23,7 +23,7 @@ def _by_tokens(read):
     return tuple(leaf.reshape(-1, *leaf.shape[2:]) for leaf in read)
 
 
-class MixtureOutput(nn.Module):
+class MixtureOutput(OutputModule):
     """hidden -> Σ_k π_k softmax(tanh(hidden W_k + b_k) E), over one matrix E with a bias (Yang et al. 2018, arXiv:1711.03953).
 
     Attributes:
@@ -33,8 +33,6 @@ class MixtureOutput(nn.Module):
       dropout_rate: of what each softmax reads, after the tanh; `variational`: one mask for all steps of a segment.
     """
 
-    vocab_size: int
-    tied: bool
     num_softmaxes: int
     embed_dim: int
     kernel_init: Initializer
@@ -54,8 +52,8 @@ class MixtureOutput(nn.Module):
     def _matrix(self, table_VD):
         return (table_VD if self.tied else self.kernel).astype(self.dtype)
 
-    def read(self, hidden_BTD: Array, rows_B=None, train=False) -> Read:
-        """What the softmaxes read, which `logits`, `score` and `loss_sums` take; `rows_B` key dropout, `train` turns it on."""
+    def read(self, hidden_BTD: Array, rows_B: Array | None = None, train: bool = False) -> Read:
+        """What the softmaxes read, with dropout in training, keyed by `rows_B`."""
         hidden_BTD = hidden_BTD.astype(self.dtype)
         log_prior_BTK = jax.nn.log_softmax(self.prior(hidden_BTD).astype(jnp.float32))
         latent = self.dropout(jnp.tanh(self.latent(hidden_BTD)), rows_B, train)

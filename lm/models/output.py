@@ -258,8 +258,8 @@ def _mean(part, logits_NV, columns_V, vocab_size):
     return part.sum(logits_NV.sum(axis=-1), VOCABULARY) / vocab_size
 
 
-class OutputLayer(nn.Module):
-    """hidden -> logits over the vocabulary, with a bias.
+class OutputModule(nn.Module):
+    """hidden -> probabilities over the vocabulary: what `read` returns is what `logits`, `score` and `loss_sums` take.
 
     Attributes:
       tied: use the embedding's table (Press & Wolf 2017, arXiv:1608.05859) instead of a matrix of its own.
@@ -267,6 +267,20 @@ class OutputLayer(nn.Module):
 
     vocab_size: int
     tied: bool
+
+    def read(self, hidden_BTD: Array, rows_B: Array | None = None, train: bool = False) -> Any:
+        """What the softmax reads of hidden states [B, T, D]: all of them as they are, unless an output says otherwise.
+
+        Args:
+          rows_B, train: for an output with dropout; as in a call of the model.
+        """
+        del rows_B, train
+        return hidden_BTD
+
+
+class OutputLayer(OutputModule):
+    """One softmax, by a matrix with a bias."""
+
     kernel_init: Initializer
     dtype: Any = jnp.float32
 
@@ -274,11 +288,6 @@ class OutputLayer(nn.Module):
     def _matrix_and_bias(self, hidden_dim, table_VD):
         matrix = table_VD if self.tied else self.param("kernel", self.kernel_init, (hidden_dim, self.vocab_size))
         return matrix.astype(self.dtype), self.param("bias", nn.initializers.zeros, (self.vocab_size,))
-
-    def read(self, hidden_BTD: Array, rows_B=None, train=False) -> Array:
-        """What the softmax reads, which `logits`, `score` and `loss_sums` take: the hidden states as they are."""
-        del rows_B, train
-        return hidden_BTD
 
     def logits(self, hidden_BTD: Array, table_VD: Array) -> Array:
         """float32 [B, T, V]."""

@@ -39,7 +39,7 @@ class Row:
       config, overrides: as launch.train takes them; but `training.init_from` is the path of a row, which is trained before.
       seeds: one run each; tables show the median.
       published: by way of scoring: "" as trained, "last epoch", "dynamic", "cache".
-      variants: further ways of scoring (lm.evaluation.variants.Variant), whose settings were chosen on valid.
+      variants: further ways of scoring (lm.evaluation.variants.Variant), whose settings are a paper's or were chosen on valid.
       last_epoch: whether the paper reports its last epoch, which is then scored beside the best on valid.
     """
 
