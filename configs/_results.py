@@ -25,9 +25,10 @@ def _row(path: str, name: str, **options) -> Row:
     return Row(path, name, f"configs/{path}.py", **options)
 
 
-_BY_SGD, _BY_RMS = Variant(Dynamic("sgd", 0.3, 0.001)), Variant(Dynamic())
+_BY_SGD, _BY_RMS, _OVER_MASKS = Variant(Dynamic("sgd", 0.3, 0.001)), Variant(Dynamic()), Variant(dropout_samples=100)
 _ZAREMBA_2014, _MERITY_2018, _KRAUSE_2018 = "Zaremba et al. 2014", "Merity et al. 2018", "Krause et al. 2018"
-_YANG_2018, _DAI_2019, _MELIS_2020 = "Yang et al. 2018", "Dai et al. 2019", "Melis et al. 2020"
+_GAL_2016, _MELIS_2018, _MELIS_2020 = "Gal & Ghahramani 2016", "Melis et al. 2018", "Melis et al. 2020"
+_YANG_2018, _DAI_2019 = "Yang et al. 2018", "Dai et al. 2019"
 
 
 def _tuned(first: Row, name: str, published, variants, *overrides: str) -> Row:
@@ -53,16 +54,34 @@ def _awd_lstm(corpus: str, cache: Cache, *, plain, tuned, cached, dynamic) -> tu
     return first, _tuned(first, "AWD-LSTM", published, (Variant(cache=cache), _BY_RMS))
 
 
+def _gal(size: str, valid: float, test: float, test_over_masks: float) -> Row:
+    published = {"": Published(valid, test, _GAL_2016), "dropout_samples": Published(None, test_over_masks, _GAL_2016)}
+    return _row(f"ptb/gal_{size}", f"variational LSTM, {size}", published=published, variants=(_OVER_MASKS,))
+
+
+def _melis(corpus: str, valid: float, test: float) -> Row:
+    return _row(f"{corpus}/melis", "tuned LSTM", published={"": Published(valid, test, _MELIS_2018)})
+
+
+def _mixture(corpus: str, learning_rate: float, plain, tuned, dynamic) -> tuple[Row, Row]:
+    """As `_awd_lstm`; the fine-tuning stage has a learning rate of its own."""
+    first = _row(f"{corpus}/awd_lstm_mos", "AWD-LSTM-MoS without fine-tuning", published={"": Published(*plain, _YANG_2018)})
+    published = {"": Published(*tuned, _YANG_2018), "dynamic": Published(*dynamic, _YANG_2018)}
+    return first, _tuned(first, "AWD-LSTM-MoS", published, (_BY_RMS,), f"optimizer.learning_rate={learning_rate}")
+
+
 def _mogrifier(corpus: str, static, dynamic) -> Row:
     published = {"": Published(*static, _MELIS_2020), "dynamic": Published(*dynamic, _MELIS_2020)}
     return _row(f"{corpus}/mogrifier", "Mogrifier LSTM", published=published, variants=(_BY_RMS,))
 
 
-_MOS = _row("ptb/awd_lstm_mos", "AWD-LSTM-MoS without fine-tuning", published={"": Published(58.08, 55.97, _YANG_2018)})
 _PTB = (
     _zaremba("small", 120.7, 114.5, seeds=(0, 1, 2)),
     _zaremba("medium", 86.2, 82.7),
     _zaremba("large", 82.2, 78.4),
+    _gal("medium", 81.9, 79.7, 78.6),
+    _gal("large", 77.9, 75.2, 73.4),
+    _melis("ptb", 60.9, 58.3),
     *_awd_lstm(
         "ptb",
         Cache(window=500, flatness=1.0, share=0.1),
@@ -71,19 +90,13 @@ _PTB = (
         cached=(53.9, 52.8),
         dynamic=(51.6, 51.1),
     ),
-    _MOS,
-    _tuned(
-        _MOS,
-        "AWD-LSTM-MoS",
-        {"": Published(56.54, 54.44, _YANG_2018), "dynamic": Published(48.33, 47.69, _YANG_2018)},
-        (_BY_RMS,),
-        "optimizer.learning_rate=25.0",
-    ),
+    *_mixture("ptb", 25.0, (58.08, 55.97), (56.54, 54.44), (48.33, 47.69)),
     _mogrifier("ptb", (51.4, 50.1), (44.9, 44.8)),
     _row("ptb/transformer_xl", "Transformer-XL", published={"": Published(56.72, 54.52, _DAI_2019)}),
 )
 _WIKITEXT2 = (
     _row("wikitext2/lstm_200", "LSTM of PyTorch's example, 3 epochs"),
+    _melis("wikitext2", 69.1, 65.9),
     *_awd_lstm(
         "wikitext2",
         Cache(window=3785, flatness=0.662, share=0.1279),
@@ -92,6 +105,7 @@ _WIKITEXT2 = (
         cached=(53.8, 52.0),
         dynamic=(46.4, 44.3),
     ),
+    *_mixture("wikitext2", 20.0, (66.01, 63.33), (63.88, 61.45), (42.41, 40.68)),
     _mogrifier("wikitext2", (57.3, 55.1), (40.2, 38.6)),
 )
 _LSTM = _row("ptb/small/lstm", "LSTM", variants=(_BY_SGD,))

@@ -311,6 +311,7 @@ def test_a_peer_with_another_first_loss_is_refused():
         ("lstm", {"optimizer__name": "momentum", "optimizer__weight_decay": 0.1}, ["set it to 0 or use adamw"]),
         ("transformer", {"data__order": "stream", "model__attention_window": 4}, ["set --config.data.order=windows"]),
         ("lstm", {"training__num_micro_batches": 2}, ["set --config.training.num_micro_batches=1"]),
+        ("lstm", {"model__skip_connections": True}, ["config.model.skip_connections is set", "leave it open"]),
         ("lstm", {"model__input_gate": "coupled"}, ["config.model.input_gate is set", "leave it open"]),
         ("lstm", {"training__activation_penalty": 2.0}, ["config.training.activation_penalty is set", "leave it open"]),
     ],

@@ -255,6 +255,7 @@ OTHER_VALUES = {
     "init_scale": 0.2,
     "forget_bias": 2.0,
     "input_gate": "capped",
+    "skip_connections": True,
     "num_softmaxes": 2,
     "softmax_dropout_rate": 0.5,
     "cutoffs": (4,),

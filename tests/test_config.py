@@ -98,6 +98,7 @@ WRONG = [
     (dict(model__hidden_dim=8, model__layer_dims=(8,)), ["model.hidden_dim", "model.layer_dims", "set one of them"]),
     (dict(model__num_params=1000, model__layer_dims=(8,)), ["model.num_params", "model.layer_dims", "set one of them"]),
     (dict(model__num_layers=3, model__layer_dims=(8, 8)), ["config.model.num_layers is 3", "lists 2 widths"]),
+    (dict(model__skip_connections=True, model__layer_dims=(8, 4)), ["skip_connections", "(8, 4)", "one width"]),
     (dict(model__embed_dim=4, model__hidden_dim=8), ["tie_embeddings", "config.model.embed_dim is 4", "last layer 8"]),
     (dict(model__embed_dim=8, model__layer_dims=(8, 4)), ["tie_embeddings", "config.model.embed_dim is 8", "last layer 4"]),
     (dict(model__embed_dim=8, model__num_params=1000), ["config.model.embed_dim", "tie_embeddings", "num_params"]),

@@ -55,7 +55,8 @@ def test_every_config_trains_and_reads_what_it_sets(path, corpus, tmp_path):
     if config.data.source == "text":
         config.data.path = str(corpus)  # the texts themselves are not part of the project
     reads = run(config, tmp_path)
-    assert given_fields(config) <= reads
+    where_valid_stalls = {"optimizer.decay_factor"} if config.optimizer.schedule == "plateau" else set()  # as in RUNS["lstm"]
+    assert given_fields(config) - where_valid_stalls <= reads
     _ran.add(path)
 
 
@@ -126,6 +127,7 @@ RUNS = {
     ),
     "rnn": dict(
         model__architecture="rnn",
+        model__skip_connections=True,
         model__num_params=2_000,
         model__num_layers=1,
         model__activation="relu",

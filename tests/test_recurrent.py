@@ -494,6 +494,20 @@ def test_state_dropout_has_one_mask_a_row_for_all_steps():
     np.testing.assert_array_equal(run(np.array([7]))[:, 0], hidden_TBH[:, 7])
 
 
+def test_with_skip_connections_the_output_is_the_sum_of_the_layers(rng):
+    """Each layer still reads the one before it alone."""
+    x, names = rng.normal(size=(B, 12, D)).astype(np.float32), ("layer_0", "layer_1", "layer_2")
+    params = {name: random_params(rng, "lstm", D if name == "layer_0" else H) for name in names}
+    carry = {name: random_state(rng, "lstm") for name in names}
+    stack = RecurrentStack("lstm", (H, H, H), ZEROS, ZEROS, input_gate="free", skip_connections=True)
+    hidden, after = stack.apply({"params": params}, x, carry)
+    layer, total, want_after = x, 0, {}
+    for name in names:
+        layer, want_after[name], _ = reference("lstm", params[name], layer, carry[name])
+        total = total + layer
+    assert_close((hidden, after), (total, want_after))
+
+
 def test_a_projection_follows_the_last_layer(rng):
     x, (_, params, run) = rng.normal(size=(B, 12, D)).astype(np.float32), stack_of("lstm")
     kernel_HD = rng.normal(size=(WIDTHS[-1], D)).astype(np.float32)

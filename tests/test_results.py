@@ -14,6 +14,7 @@ from configs.ptb._text import TRAIN_TOKENS
 from launch.command import load_config
 from lm.config import resolve
 from lm.files import read_json
+from lm.models.build import count_params, solve_widths
 from lm.reporting.results import NOT_YET_RUN, read_kept
 
 KEPT = ROOT / "lm" / "reporting" / "results"
@@ -26,6 +27,30 @@ def test_every_row_is_an_experiment_of_its_own(monkeypatch):
         assert dataclasses.replace(row, name=ROWS[row.path].name) == ROWS[row.path]
     configs = [repr(resolve(load_config(row.config, list(row.overrides)))) for row in ROWS.values()]
     assert len(set(configs)) == len(configs)
+
+
+@pytest.mark.parametrize(
+    "path, vocab_size, millions",
+    [
+        ("ptb/zaremba_medium", 10_000, 20),
+        ("ptb/zaremba_large", 10_000, 66),
+        ("ptb/gal_medium", 10_000, 20),
+        ("ptb/gal_large", 10_000, 66),
+        ("ptb/melis", 10_000, 24),
+        ("ptb/awd_lstm", 10_000, 24),
+        ("ptb/awd_lstm_mos", 10_000, 22),
+        ("ptb/mogrifier", 10_000, 24),
+        ("ptb/transformer_xl", 10_000, 24),
+        ("wikitext2/melis", 33_278, 24),
+        ("wikitext2/awd_lstm", 33_278, 33),
+        ("wikitext2/awd_lstm_mos", 33_278, 35),
+        ("wikitext2/mogrifier", 33_278, 35),
+    ],
+)
+def test_a_published_model_is_of_the_papers_size(path, vocab_size, millions, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = solve_widths(resolve(load_config(ROWS[path].config, [])), vocab_size)
+    assert abs(count_params(config, vocab_size) / 1e6 / millions - 1) < 0.025  # papers round, up or down
 
 
 def test_what_is_left_out_costs_no_step_of_twelve_epochs(monkeypatch):

@@ -17,6 +17,7 @@ def refuse_extras(peer: str, config: Config, mode: str, further: Mapping[str, ob
     """
     model, training = config.model, config.training
     extras = {
+        "config.model.skip_connections": model.skip_connections,
         "config.model.input_gate": model.input_gate not in (None, "free"),
         "config.model.project_output": model.project_output,
         "config.model.cutoffs": model.cutoffs,

@@ -22,6 +22,9 @@ class ModelConfig(Section):
     num_layers: int | None = setting(None, "number of layers", at_least=1, only=NEURAL)
     hidden_dim: int | None = setting(None, "width of every recurrent layer, or of the Transformer", at_least=1, only=NEURAL)
     layer_dims: tuple[int, ...] | None = setting(None, "width of each recurrent layer, one by one", at_least=1, only=RECURRENT)
+    skip_connections: bool | None = setting(
+        None, "whether the output is the sum of what all layers put out, which are then of one width", only=RECURRENT
+    )
     embed_dim: int | None = setting(None, "width of the embedding; by default that of the last layer", at_least=1, only=RECURRENT)
     tie_embeddings: bool | None = setting(None, "whether the output uses the embedding's table", only=NEURAL)
     project_output: bool | None = setting(

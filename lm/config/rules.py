@@ -11,6 +11,7 @@ from lm.errors import UserError
 # What an architecture, source or optimiser uses where its own fields are left open.
 _RECURRENT_DEFAULTS = dict(
     num_layers=2,
+    skip_connections=False,
     tie_embeddings=True,
     project_output=False,
     num_softmaxes=1,
@@ -128,6 +129,11 @@ def _resolve_model(model):
                 f"config.model.num_layers is {model.num_layers}, but config.model.layer_dims lists {len(model.layer_dims)} widths"
             )
         model.num_layers = len(model.layer_dims)
+        if model.skip_connections and len(set(model.layer_dims)) > 1:
+            raise UserError(
+                f"config.model.skip_connections adds up what all layers put out, but config.model.layer_dims is "
+                f"{model.layer_dims}; give them one width"
+            )
     for name in ("embedding_dropout_rate", "output_dropout_rate", "attention_dropout_rate"):
         applies = model.architecture in type(model).__dataclass_fields__[name].metadata["only"]
         if applies and getattr(model, name) is None:

@@ -50,6 +50,7 @@ def _recurrent(model, dtype):
     stack = RecurrentStack(
         name_of_cell=model.architecture,
         layer_dims=layer_dims,
+        skip_connections=bool(model.skip_connections),
         kernel_init=initializer(model.kernel_init, model.init_scale),
         recurrent_init=initializer(model.recurrent_init or model.kernel_init, model.init_scale),
         activation=model.activation,

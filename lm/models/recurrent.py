@@ -318,6 +318,8 @@ class RecurrentStack(nn.Module):
       name_of_cell: a recurrence of `cell`, or one of lm.models.linear_recurrences.
       activation, input_gate: see `cell`.
       layer_dims: width of each layer.
+      skip_connections: the output is the sum of the layers' hidden states, not those of the last alone (Melis et al. 2018,
+        arXiv:1707.05589); the layers are then of one width.
       embedding_dropout_rate, dropout_rate, output_dropout_rate: before, between and after the layers.
       weight_drop_rate, state_dropout_rate, mogrifier_rounds, mogrifier_rank: see `RecurrentLayer`.
       variational: one mask for all steps of a segment.
@@ -325,8 +327,8 @@ class RecurrentStack(nn.Module):
         narrower than the last layer; None: there is none.
       num_heads: of an mLSTM.
 
-    The last layer's hidden states are sown to `intermediates` for objectives that look at them: `last_hidden_BTH` as they
-    are, `dropped_hidden_BTH` after dropout.
+    The layers' output is sown to `intermediates` for objectives that look at it: `last_hidden_BTH` as it is,
+    `dropped_hidden_BTH` after dropout.
     """
 
     name_of_cell: str
@@ -344,6 +346,7 @@ class RecurrentStack(nn.Module):
     mogrifier_rank: int | None = None
     variational: bool = False
     projected_dim: int | None = None
+    skip_connections: bool = False
     num_heads: int = 1
     forget_bias: float = 0.0
     dtype: Any = jnp.float32
@@ -386,17 +389,20 @@ class RecurrentStack(nn.Module):
         }
 
     def __call__(self, x_BTD, carry=None, *, segments_BT=None, rows_B=None, train=False):
-        """Hidden states [B, T, H] of the last layer, and the carry after the last step (None if none was given)."""
+        """The output [B, T, H], and the carry after the last step (None if none was given)."""
         valid_TB = starts_TB = None
         if segments_BT is not None:
             valid_BT, runs_BT = segment_runs(segments_BT)
             valid_TB, starts_TB = valid_BT.T, jnp.diff(runs_BT, axis=1, prepend=0).T > 0
         states = self.initial_carry(x_BTD.shape[0], None) if carry is None else carry
         hidden = constrain(x_BTD.swapaxes(0, 1), None, ALL_ROWS)
-        after = {}
+        after, outputs = {}, []
         for layer, dropout in zip(self.layers, self.dropouts, strict=False):
             dropped = dropout(hidden, rows_B, train)
             hidden, after[layer.name] = layer(dropped, states[layer.name], valid_TB, starts_TB, train, rows_B)
+            outputs.append(hidden)
+        if self.skip_connections:
+            hidden = sum(outputs)
         self.sow("intermediates", "last_hidden_BTH", hidden.swapaxes(0, 1))
         hidden = self.dropouts[-1](hidden, rows_B, train).swapaxes(0, 1)
         self.sow("intermediates", "dropped_hidden_BTH", hidden)

@@ -38,7 +38,7 @@ class Row:
       name: in the tables.
       config, overrides: as launch.train takes them; but `training.init_from` is the path of a row, which is trained before.
       seeds: one run each; tables show the median.
-      published: by way of scoring: "" as trained, "last epoch", "dynamic", "cache".
+      published: by way of scoring: "" as trained, "last epoch", "dynamic", "cache", "dropout_samples".
       variants: further ways of scoring (lm.evaluation.variants.Variant), whose settings are a paper's or were chosen on valid.
       last_epoch: whether the paper reports its last epoch, which is then scored beside the best on valid.
     """
@@ -144,7 +144,7 @@ def write_page(
 class _Way(typing.NamedTuple):
     """Runs of one row, all scored in one way."""
 
-    kind: str  # "" as trained, "last epoch", or what the model adapts by: "dynamic", "cache"; as in `Row.published`
+    kind: str  # "" as trained, "last epoch", or the variant: "dynamic", "cache"; as in `Row.published`
     label: str  # with its settings
     tests: list[dict]
     valids: list[dict]
@@ -190,7 +190,7 @@ def _published(section, runs):
         ways = _ways(runs[row.path])
         reached = {way.kind for way in ways}
         wanted = row.published or ([""] if not ways else [])
-        for way in [*ways, *(_Way(kind, kind, [], []) for kind in wanted if kind not in reached)]:
+        for way in [*ways, *(_Way(kind, _words(kind), [], []) for kind in wanted if kind not in reached)]:
             lines.append(
                 (
                     ", ".join(filter(None, (row.name, way.label))),
