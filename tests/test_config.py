@@ -90,7 +90,7 @@ WRONG = [
     (dict(GRU, model__forget_bias=1.0), ["config.model.forget_bias is set", "'gru'", "belongs to lstm"]),
     (dict(GRU, model__activation="tanh"), ["config.model.activation is set", "'gru'", "rnn, transformer"]),
     (dict(TRANSFORMER, model__layer_dims=(8,)), ["config.model.layer_dims is set", "'transformer'", "rnn, gru, lstm"]),
-    (dict(TRANSFORMER, model__variational_dropout=False), ["config.model.variational_dropout is set", "rnn, gru, lstm"]),
+    (dict(TRANSFORMER, model__project_output=False), ["config.model.project_output is set", "rnn, gru, lstm"]),
     (dict(NGRAM, model__hidden_dim=8), ["config.model.hidden_dim is set", "'ngram'"]),
     (dict(model__ngram_order=3), ["config.model.ngram_order is set", "belongs to ngram"]),
     # widths

@@ -300,32 +300,50 @@ RATES = {"embedding_dropout_rate": 0.3, "dropout_rate": 0.3, "attention_dropout_
 
 
 @functools.cache
-def dropped_stack():
-    """(x, rows) -> hidden, and the gradient of a sum of it to x, with every dropout on."""
-    stack = stack_with(num_layers=1, **RATES)
+def dropped_stack(variational):
+    """(x, rows) -> hidden, and gradients of a sum of it to x and the parameters of the one layer, with every dropout on."""
+    stack = stack_with(num_layers=1, variational=variational, **RATES)
     params = random_params(stack)
 
     @jax.jit
     def run(x, rows_B):
-        def total(x):
+        def total(x, params):
             rngs = {"dropout": jax.random.key(5)}
             hidden, _ = stack.apply({"params": params}, x, rows_B=rows_B, train=True, rngs=rngs)
             return jnp.sum(jnp.sin(hidden)), hidden
 
-        return jax.grad(total, has_aux=True)(x)
+        return jax.grad(total, argnums=(0, 1), has_aux=True)(x, params)
 
     return run
 
 
-def test_dropout_depends_on_the_global_row_only(rng):
+@pytest.mark.parametrize("variational", [False, True])
+def test_dropout_depends_on_the_global_row_only(rng, variational):
     x = rng.normal(size=(8, T, D)).astype(np.float32)
-    d_x, hidden = dropped_stack()(x, np.arange(8))
-    d_x_alone, alone = dropped_stack()(x[4:], np.arange(4, 8))
+    (d_x, _), hidden = dropped_stack(variational)(x, np.arange(8))
+    (d_x_alone, _), alone = dropped_stack(variational)(x[4:], np.arange(4, 8))
     np.testing.assert_allclose(alone, hidden[4:], **SAME)
     np.testing.assert_array_equal(np.asarray(d_x_alone) == 0, np.asarray(d_x[4:]) == 0)
     dropped = np.asarray(d_x) == 0  # of the embedding
-    assert abs(dropped.mean() - 0.3) < 5 * (0.3 * 0.7 / dropped.size) ** 0.5
+    assert (dropped == dropped[:, :1]).all() == variational
+    independent = dropped[:, 0] if variational else dropped
+    assert abs(dropped.mean() - 0.3) < 5 * (0.3 * 0.7 / independent.size) ** 0.5
     assert len(np.unique(dropped, axis=0)) == 8
+
+
+@pytest.mark.parametrize("variational", [False, True])
+def test_dropout_of_branches_is_constant_over_time_where_variational(rng, variational):
+    """With one row, an entry of a branch that is dropped at every token leaves a column of its last matrix without gradient."""
+    x = rng.normal(size=(1, T, D)).astype(np.float32)
+    columns = []
+    for row in range(16):
+        (_, d_params), _ = dropped_stack(variational)(x, np.array([row]))
+        layer = d_params["layer_0"]
+        kernels = layer["attention"]["outward"]["kernel"], layer["feed_forward"]["outward"]["kernel"]
+        columns.append(np.concatenate([np.all(np.asarray(kernel) == 0, axis=0) for kernel in kernels]))
+    dropped = np.stack(columns)
+    assert abs(dropped.mean() - 0.3) < 5 * (0.3 * 0.7 / dropped.size) ** 0.5 if variational else not dropped.any()
+    assert not variational or not np.array_equal(dropped[:, :D], dropped[:, D:])
 
 
 def test_dropout_is_off_outside_training(rng):

@@ -96,7 +96,9 @@ class ModelConfig(Section):
         below=1,
         only=STATEFUL,
     )
-    variational_dropout: bool | None = setting(None, "one dropout mask for all steps of a segment", only=RECURRENT)
+    variational_dropout: bool | None = setting(
+        None, "one dropout mask for all steps of a segment (not of attention weights)", only=NEURAL
+    )
     kernel_init: str | None = setting(None, "initialiser of the matrices", choices=INITIALIZERS, only=NEURAL)
     recurrent_init: str | None = setting(None, "initialiser of the state-to-state matrices", choices=INITIALIZERS, only=STATEFUL)
     embedding_init: str | None = setting(

@@ -43,6 +43,7 @@ _MODEL_DEFAULTS = {
         remat="none",
         dropout_rate=0.0,
         word_dropout_rate=0.0,
+        variational_dropout=False,
         kernel_init="xavier_uniform",
         embedding_init="normal",
         init_scale=0.02,

@@ -91,6 +91,7 @@ def _transformer(model, dtype):
         embedding_dropout_rate=model.embedding_dropout_rate,
         dropout_rate=model.dropout_rate,
         attention_dropout_rate=model.attention_dropout_rate,
+        variational=bool(model.variational_dropout),
         normed_queries=bool(model.qk_norm),
         scan_layers=model.scan_layers,
         remat=model.remat,

@@ -26,11 +26,13 @@ class Block(nn.Module):
     feed_forward: nn.Module
     norm: str
     dropout_rate: float
+    variational: bool
     dtype: Any
 
     def setup(self):
         self.attention_norm, self.feed_forward_norm = norm(self.norm, self.dtype), norm(self.norm, self.dtype)
-        self.attention_dropout, self.feed_forward_dropout = Dropout(self.dropout_rate), Dropout(self.dropout_rate)
+        kind = self.dropout_rate, 1 if self.variational else None
+        self.attention_dropout, self.feed_forward_dropout = Dropout(*kind), Dropout(*kind)
 
     def __call__(self, x_BTD, where, cache, *, rows_B, train):
         mixed, cache = self.attention(self.attention_norm(x_BTD), where, cache, rows_B=rows_B, train=train)
@@ -50,6 +52,7 @@ class TransformerStack(nn.Module):
       normed_queries: whether queries and keys are normalised, see `Attention`.
       attention_window: positions a token sees, itself included; None: all of its text.
       embedding_dropout_rate, dropout_rate, attention_dropout_rate: on the embeddings, on each residual branch, on the weights.
+      variational: one mask for all tokens of a row, on embeddings and branches (as Transformer-XL on small corpora).
       scan_layers: one loop over the layers, for which their parameters are stacked in each step. Tracing does not grow with
         depth; and remat needs it on a CPU, where XLA merges what is made again with what was made unless a loop stands between.
       remat: what a block's backward pass makes again instead of keeping it: "none", "full" (all inside of it) or "matmuls"
@@ -71,6 +74,7 @@ class TransformerStack(nn.Module):
     embedding_dropout_rate: float = 0.0
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
+    variational: bool = False
     normed_queries: bool = False
     scan_layers: bool = False
     remat: str = "none"
@@ -79,7 +83,7 @@ class TransformerStack(nn.Module):
     def setup(self):
         if self.positions == "learned":
             self.position_table = self.param("position_table", self.position_init, (self.max_positions, self.model_dim))
-        self.embedding_dropout = Dropout(self.embedding_dropout_rate)
+        self.embedding_dropout = Dropout(self.embedding_dropout_rate, 1 if self.variational else None)
         self.layers = [self._block(name=f"layer_{i}") for i in range(self.num_layers)]
         self.last_norm = norm(self.norm, self.dtype)
 
@@ -105,7 +109,7 @@ class TransformerStack(nn.Module):
             dtype=self.dtype,
             parent=None,
         )
-        return Block(attention, feed_forward, self.norm, self.dropout_rate, self.dtype, **options)
+        return Block(attention, feed_forward, self.norm, self.dropout_rate, self.variational, self.dtype, **options)
 
     def initial_carry(self, batch_size: int, length: int | None):
         """An empty cache: per layer keys and values [B, H, slots, K], and which position each slot holds.
