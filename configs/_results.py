@@ -76,6 +76,7 @@ def _mogrifier(corpus: str, static, dynamic) -> Row:
 
 
 _PTB = (
+    _row("ptb/kneser_ney_5", "Kneser-Ney 5-gram", published={"": Published(None, 141.2, "Mikolov & Zweig 2012")}),
     _zaremba("small", 120.7, 114.5, seeds=(0, 1, 2)),
     _zaremba("medium", 86.2, 82.7),
     _zaremba("large", 82.2, 78.4),

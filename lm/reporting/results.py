@@ -16,7 +16,7 @@ from lm.errors import UserError
 from lm.files import read_json, write_atomically, write_json
 from lm.reporting.plots import learning_curves
 from lm.reporting.runs import Run, read_run
-from lm.reporting.table import MISSING, Table, comparison_table, duration, figures, place, result, scored_context
+from lm.reporting.table import MISSING, Table, comparison_table, duration, figures, parameters, place, result, scored_context
 
 NOT_YET_RUN = "not yet run"
 
@@ -187,19 +187,20 @@ def _published(section, runs):
     headers = "model", "parameters", "published", "valid", "test", "scored", "training", "seeds", "config"
     lines = []
     for row in section.rows:
-        ways = _ways(runs[row.path])
+        found = runs[row.path]
+        ways = _ways(found)
         reached = {way.kind for way in ways}
         wanted = row.published or ([""] if not ways else [])
         for way in [*ways, *(_Way(kind, _words(kind), [], []) for kind in wanted if kind not in reached)]:
             lines.append(
                 (
                     ", ".join(filter(None, (row.name, way.label))),
-                    f"{statistics.median(run.num_params for run in runs[row.path]):,.0f}" if runs[row.path] else MISSING,
+                    *(parameters([statistics.median(run.num_params for run in found)], found[:1]) if found else [MISSING]),
                     _quoted(row.published[way.kind]) if way.kind in row.published else MISSING,
-                    *(_spread(found, section.measure) for found in (way.valids, way.tests)),
+                    *(_spread(scores, section.measure) for scores in (way.valids, way.tests)),
                     scored_context(way.tests[0]["protocol"]) if way.tests else MISSING,
-                    _training(runs[row.path]),
-                    ", ".join(str(run.config["seed"]) for run in runs[row.path]) if way.tests else MISSING,
+                    _training(found),
+                    ", ".join(str(run.config["seed"]) for run in found) if way.tests else MISSING,
                     f"`{' '.join((row.config, *row.overrides))}`",
                 )
             )

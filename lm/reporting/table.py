@@ -177,7 +177,7 @@ def _columns(same_tokens, known_floor, mixed_precision):
         ]
     return [
         _Column("model", "model", lambda values, runs: values, numeric=False),
-        _Column("parameters", "parameters", _parameters),
+        _Column("parameters", "parameters", parameters),
         _Column("tokens_seen", "tokens seen", _whole),
         _Column("tokens_per_second", "tokens/s", _whole),
         _Column("train_seconds", "train time", lambda values, runs: [duration(value) for value in values]),
@@ -197,7 +197,8 @@ def _whole(values, runs):
     return [MISSING if value is None else f"{round(value):,}" for value in values]
 
 
-def _parameters(values, runs):
+def parameters(values: Sequence[float | None], runs: Sequence[Run]) -> list[str]:
+    """Counts of parameters, or of an n-gram model's n-grams."""
     cells = zip(_whole(values, runs), runs, strict=True)
     return [f"{cell} n-grams" if run.is_ngram and cell != MISSING else cell for cell, run in cells]
 

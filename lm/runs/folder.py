@@ -164,7 +164,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": _commit(),
-        "hardware": f"{_processor()}, {_num_cores()} cores",
+        "hardware": f"{_processor()}, {_num_cores()} {'core' if _num_cores() == 1 else 'cores'}",
         "python": platform.python_version(),
         **{module.__name__: module.__version__ for module in (jax, flax, optax, numpy)},
     }
