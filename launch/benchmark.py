@@ -28,11 +28,12 @@ flags.DEFINE_integer(
     None,
     "of the model, where that is to be larger than the text's (what is beyond never occurs)",
     lower_bound=1,
+    upper_bound=10_000_000,
 )
 flags.DEFINE_integer("steps", None, "units of a round: steps, batches or texts; by default what fills two seconds", lower_bound=1)
 flags.DEFINE_integer("rounds", 5, "rounds to measure", lower_bound=1)
-flags.DEFINE_integer("num_samples", 1, "with --mode=generate: texts side by side", lower_bound=1)
-flags.DEFINE_integer("num_tokens", 256, "with --mode=generate: tokens of a text", lower_bound=2)
+flags.DEFINE_integer("num_samples", 1, "with --mode=generate: texts side by side", lower_bound=1, upper_bound=65_536)
+flags.DEFINE_integer("num_tokens", 256, "with --mode=generate: tokens of a text", lower_bound=2, upper_bound=1_000_000)
 flags.DEFINE_enum(
     "allocator", "tuned", ["tuned", "system"], "on a CPU: glibc told to keep freed memory, as in launch.train, or left as it is"
 )
@@ -45,7 +46,8 @@ def main(overrides):
         raise UserError(f"--config is missing: give one of {', '.join(command.known_configs())}, or a file of your own")
     draft = command.load_config(FLAGS.config, overrides)
     from lm.benchmark.benchmark import benchmark
-    from lm.benchmark.workloads import Generation, Task
+    from lm.benchmark.units import Generation
+    from lm.benchmark.workloads import Task
 
     with command.ProgressBar(FLAGS.rounds, " rounds") as bar:
         result = benchmark(
@@ -121,9 +123,8 @@ def report(result):
 
 def _memory(memory):
     device = "" if memory.get("device_peak_bytes") is None else f"; device {_mebibytes(memory['device_peak_bytes'])}"
-    return (
-        f"host {_mebibytes(memory['host_peak_bytes'])}, {_mebibytes(memory['host_peak_bytes_before'])} before the model{device}"
-    )
+    before = memory.get("host_peak_bytes_before")
+    return f"host {_mebibytes(memory['host_peak_bytes'])}{f', {_mebibytes(before)} before the model' if before else ''}{device}"
 
 
 def _rate(speed):

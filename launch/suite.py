@@ -2,11 +2,13 @@
 
 Runs the benchmarks of a suite one after the other (configs/benchmark/_suites.py lists them), each into a JSON file of the
 folder, and writes a page with tables and plots beside them. What is there already is not measured again, so an interrupted
-suite goes on. cpu and gpu stand against PyTorch (extra: peers); curves varies one thing at a time.
+suite goes on; what cannot be measured is told, and the rest is done. cpu and gpu stand against PyTorch (extra: peers); curves
+varies one thing at a time.
 """
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -19,10 +21,14 @@ from launch import command
 from lm.errors import UserError
 
 FLAGS = flags.FLAGS
+_GPU_SECONDS = 420  # then a call ends within ten minutes, the measurement that it is in included
+
 flags.DEFINE_enum("suite", None, ["cpu", "gpu", "curves"], "which measurements")
 flags.DEFINE_string("folder", None, "where results and page are written")
 flags.DEFINE_string("only", "", "measure only those whose name contains this")
-flags.DEFINE_integer("seconds", None, "start no further measurement after this many seconds", lower_bound=1)
+flags.DEFINE_integer(
+    "seconds", None, "start no further measurement after this many seconds; by default 420 for gpu, else no end", lower_bound=1
+)
 
 
 def main(overrides):
@@ -35,41 +41,63 @@ def main(overrides):
     from lm.benchmark.page import write_page
     from lm.files import check_writable, write_json
 
-    folder, started, left = pathlib.Path(FLAGS.folder), time.monotonic(), 0
+    folder, started, left, failed = pathlib.Path(FLAGS.folder), time.monotonic(), 0, []
+    seconds = FLAGS.seconds or (_GPU_SECONDS if FLAGS.suite == "gpu" else math.inf)
     check_writable(folder / "README.md")
     measurements = SUITES[FLAGS.suite]()
     if not any(FLAGS.only in measurement.name for measurement in measurements):
         raise UserError(f"--only={FLAGS.only} is in no name of the {FLAGS.suite} suite; configs/benchmark/_suites.py has them")
+    shown = f"python -m launch.suite --suite={FLAGS.suite} --folder={FLAGS.folder}"
+
+    def page():
+        return write_page(folder, f"Speed: the {FLAGS.suite} suite", [dataclasses.asdict(m) for m in measurements], shown)
+
+    page()  # before hours of work: what cannot be read is told now
     can_measure = FLAGS.suite != "gpu" or platform() == "gpu"
     for number, measurement in enumerate(measurements if can_measure else ()):
         path = folder / f"{re.sub(r'[^a-z0-9]+', '_', measurement.name.lower()).strip('_')}.json"
         if path.exists() or FLAGS.only not in measurement.name:
             continue
-        if FLAGS.seconds is not None and time.monotonic() - started > FLAGS.seconds:
+        if time.monotonic() - started > seconds:
             left += 1
             continue
         print(measurement.name, flush=True)
-        result = measure(measurement)
+        try:
+            result = measure(measurement)
+        except UserError as error:  # the others can still be had
+            failed.append(measurement.name)
+            print(f"  not measured: {error}", file=sys.stderr, flush=True)
+            continue
         write_json(path, {**result, "measurement": {**dataclasses.asdict(measurement), "number": number}})
-    shown = f"python -m launch.suite --suite={FLAGS.suite} --folder={FLAGS.folder}"
-    page = write_page(folder, f"Speed: the {FLAGS.suite} suite", [dataclasses.asdict(m) for m in measurements], shown)
+        page()  # after each, since what ends this process need not end what it has measured
+    written = page()
     if not can_measure:
-        raise UserError(f"the gpu suite needs a GPU, and JAX sees none here; {page} says what is not yet measured")
-    print(f"page: {page}" + (f"; {left} measurements are left, the same command goes on" if left else ""))
-    return {"page": str(page), "left": left}
+        raise UserError(f"the gpu suite needs a GPU, and JAX sees none here; {written} says what is not yet measured")
+    print(f"page: {written}" + (f"; {left} measurements are left, the same command goes on" if left else ""))
+    if failed:
+        raise UserError(f"not measured: {', '.join(failed)}; the reasons stand above, and {written} has the rest")
+    return {"page": str(written), "left": left}
 
 
 def platform():
-    """What JAX finds, asked in a process of its own: one that holds a GPU's memory would stand in the way."""
-    asked = "import jax; print(jax.default_backend())"
-    return subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout.strip()
+    """What JAX finds, asked in a process of its own: one that holds a GPU's memory would stand in the way.
+
+    Raises:
+      UserError: it finds not what JAX_PLATFORMS asks for.
+    """
+    asked = "from lm.backend import start; start(); import jax; print(jax.default_backend())"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"JAX does not start: {done.stderr.strip().splitlines()[-1].removeprefix('lm.errors.UserError: ')}")
+    return done.stdout.strip()
 
 
 def measure(measurement):
     """What the benchmark says of one measurement, its lines printed as it comes."""
     from launch.benchmark import report
     from lm.benchmark.benchmark import benchmark
-    from lm.benchmark.workloads import Generation, Task
+    from lm.benchmark.units import Generation
+    from lm.benchmark.workloads import Task
 
     root = pathlib.Path(__file__).parent.parent
     draft = command.load_config(str(root / measurement.config), list(measurement.overrides))
@@ -85,17 +113,15 @@ def measure(measurement):
 
 @contextlib.contextmanager
 def _emulated(num_devices):
-    """Processes started meanwhile see this many CPU devices; None: those there are."""
-    before = os.environ.get("XLA_FLAGS")
-    if num_devices is not None:
-        os.environ["XLA_FLAGS"] = f"{before or ''} --xla_force_host_platform_device_count={num_devices}".strip()
-    try:
+    """Processes started meanwhile see this many CPU devices and no others; None: those there are."""
+    from lm.benchmark.workers import changed_environment
+
+    if num_devices is None:
         yield
-    finally:
-        if num_devices is not None:
-            os.environ.pop("XLA_FLAGS")
-            if before is not None:
-                os.environ["XLA_FLAGS"] = before
+        return
+    flags_of_xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num_devices}".strip()
+    with changed_environment({"XLA_FLAGS": flags_of_xla, "JAX_PLATFORMS": "cpu"}):
+        yield
 
 
 if __name__ == "__main__":

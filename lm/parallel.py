@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm import processes
-from lm.backend import give_back_freed_memory
+from lm.allocator import give_back_freed_memory
 from lm.config import Config
 from lm.errors import UserError
 from lm.partition import ALL_ROWS, HEADS, ROWS, VOCABULARY, WIDTH, Partition, use as use_partition

@@ -1,6 +1,7 @@
 """Attention against NumPy, forward and backward; who sees whom, token by token; the cache's slots; dropout of weights."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -140,13 +141,18 @@ def test_what_flash_attention_is_asked_for_is_attention(rng, window, monkeypatch
         asked.append(implementation)
         return xla(*args, implementation="xla", **options)
 
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    device = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
     monkeypatch.setattr(jax.nn, "dot_product_attention", flash)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 6, 3, 8)), jnp.bfloat16) for _ in range(3))
     mixed = attend_causally(q, k, v, window)
     want, _ = attend(*(x.astype(jnp.float32) for x in (q, k, v)), causal(0, 6, 0, 6, window))
     np.testing.assert_allclose(mixed.astype(jnp.float32), want, rtol=2**-6, atol=2**-6)
     assert asked == ["cudnn"]
+    device.compute_capability = "7.5"  # which has none
+    attend_causally(q, k, v, window)
+    assert asked == ["cudnn"]
+    device.compute_capability = "8.0"
     for other in (q[:, :5], q[..., :4], q.astype(jnp.float32)):  # what cuDNN does not take
         attend_causally(other, other, other, window)
     assert asked == ["cudnn"]

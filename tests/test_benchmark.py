@@ -16,8 +16,9 @@ from helpers import ROOT, corpus_of, draft, refused, write_corpus
 from lm.benchmark import benchmark as benchmarks, scan_peer, torch_models, torch_peer
 from lm.benchmark.benchmark import benchmark
 from lm.benchmark.flops import TRAINING, forward_flops_per_token
+from lm.benchmark.units import Generation
 from lm.benchmark.workers import Worker
-from lm.benchmark.workloads import Generation, Task, workload
+from lm.benchmark.workloads import Task, workload
 from lm.config import resolve
 from lm.data.batches import batches
 from lm.errors import UserError
@@ -288,11 +289,21 @@ def test_a_worker_keeps_its_object_and_hands_errors_on():
         Worker(Adder, -1)
 
 
+def test_the_process_of_pytorch_loads_no_jax():
+    """Its memory is compared with ours."""
+    loaded = (
+        "import sys, lm.benchmark.peer_side, lm.benchmark.torch_peer; print(sorted({'jax', 'flax', 'optax'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_peer_with_another_first_loss_is_refused():
-    benchmarks._check_same(2.30001, 2.30009, "torch")
-    for theirs in (2.3002, float("nan")):
+    benchmarks._check_same(2.30001, 2.30009, "torch", "float32")
+    benchmarks._check_same(2.3, 2.305, "torch", "bfloat16")
+    for theirs, dtype in ((2.3002, "float32"), (float("nan"), "float32"), (2.32, "bfloat16")):
         with refused("the first loss is 2.300000 here", "the two models are not the same"):
-            benchmarks._check_same(2.3, theirs, "torch")
+            benchmarks._check_same(2.3, theirs, "torch", dtype)
 
 
 @pytest.mark.parametrize(

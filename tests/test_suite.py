@@ -11,6 +11,7 @@ from configs.benchmark._suites import ARCHITECTURES, SUITES
 from launch.command import load_config
 from lm.benchmark import page
 from lm.config import resolve
+from lm.errors import UserError
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -45,8 +46,8 @@ def result(number, name, model, speed, against=None, floor=None, mode="train", a
     }
 
 
-def peer(speed, ratio, compiled=False):
-    memory = {"host_peak_bytes": 700 * 2**20, "host_peak_bytes_before": 1}
+def peer(speed, ratio, compiled=False, formerly=False):
+    memory = {"host_peak_bytes": 700 * 2**20} | ({"host_peak_bytes_before": 1} if formerly else {})
     return {
         "library": "torch 2.13",
         "tokens_per_second": {"median": speed},
@@ -80,6 +81,9 @@ def test_the_page_says_what_the_files_say(tmp_path):
         {"name": "batch size 4: gru", "mode": "train", "axis": "batch size", "floor": None},
     ]
     assert "| GRU | 1,550 | 500 (lax.scan) | **3.10** | 3.00 |  |  | 509 MiB, 700 MiB | 42% |" in page.table([scanned])
+    former = result(9, "GRU", "gru", 1_550, {"name": "torch", "allocators": {"system": peer(500, 3.1, formerly=True)}}, 3.0)
+    assert "| GRU | 1,550 | 500 † | **3.10** | 3.00 |  |  | 509 MiB | 42% |" in page.table([former])
+    assert any("†" in line for line in page.provenance([former])) and not any("†" in line for line in page.provenance(results))
     text = page.write_page(tmp_path, "Speed", suite, "python -m this").read_text()
     assert text.startswith("# Speed\n\n`python -m this`\n\n## Training\n")
     assert "| LSTM | not yet measured |  |  | 3.00 |  |  |  |  |" in text.splitlines()
@@ -122,12 +126,29 @@ def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(suite, "measure", measure)
-    for arguments in (["--only=width 64: "], ["--only=width 64: "], ["--only=width", "--seconds=1"]):
+    for arguments in (["--only=width 64: "], ["--only=width 64: "], ["--only=width"]):
         flags.FLAGS(["suite", "--suite=curves", f"--folder={tmp_path}", "--seconds=1000", *arguments])
         suite.main([])
     assert measured[:4] == [f"width 64: {name}" for name in ARCHITECTURES]
     assert len(measured) == len(set(measured)) == 20
     assert len(list(tmp_path.glob("*.json"))) == 20 and (tmp_path / "width.png").exists()
+
+
+def test_what_cannot_be_measured_is_told_and_the_rest_is_done(tmp_path, monkeypatch, capsys):
+    from launch import suite
+
+    def measure(measurement):
+        if measurement.name.endswith("gru"):
+            raise UserError("the device's memory ran out")
+        return {key: value for key, value in result(0, "", "lstm", 5.0).items() if key != "measurement"}
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(suite, "measure", measure)
+    flags.FLAGS(["suite", "--suite=curves", f"--folder={tmp_path}", "--only=width 64: "])
+    with refused("not measured: width 64: gru", "has the rest"):
+        suite.main([])
+    assert len(list(tmp_path.glob("*.json"))) == len(ARCHITECTURES) - 1
+    assert "not measured: the device's memory ran out" in capsys.readouterr().err
 
 
 def test_where_there_is_no_gpu_its_page_says_what_is_not_yet_measured(tmp_path):

@@ -84,9 +84,11 @@ def cpu() -> list[Measurement]:
 
 def gpu() -> list[Measurement]:
     """Against PyTorch on a GPU, in bfloat16; what no library of it has faster, against a plain scan."""
-    large = ("--config.model.hidden_dim=1500", "--config.compute_dtype=bfloat16")
+    one = ("--config.num_devices=1",)
+    large = ("--config.model.hidden_dim=1500", "--config.compute_dtype=bfloat16", *one)
     wide = (*large, *_shape(data__batch_size=256, data__seq_len=128))
     rows = (
+        ("GPT-2 124M, 16 × 1024", "gpt2", one, 50_257, "torch", 1.1),
         ("LSTM 2 × 1500, 20 × 35", "lstm", large, None, "torch", 1.0),
         ("LSTM 2 × 1500, 256 × 128", "lstm", wide, None, "torch", 1.0),
         ("RNN 2 × 1500, 20 × 35", "rnn", large, None, "scan", 3.0),
@@ -99,11 +101,10 @@ def gpu() -> list[Measurement]:
             "scan",
             3.0,
         ),
-        ("AWD-LSTM, 80 × 70", "awd_lstm", (), None, "torch", 1.5),
-        ("GPT-2 124M, 16 × 1024", "gpt2", (), 50_257, "torch", 1.1),
+        ("AWD-LSTM, 80 × 70", "awd_lstm", one, None, "torch", 1.5),
     )
     return [
-        Measurement(f"train: {name}", f"{FOLDER}/{config}.py", overrides, "train", vocab_size, 1, 5, against, floor)
+        Measurement(f"train: {name}", f"{FOLDER}/{config}.py", overrides, "train", vocab_size, 1, 3, against, floor)
         for name, config, overrides, vocab_size, against, floor in rows
     ]
 

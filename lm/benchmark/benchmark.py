@@ -12,17 +12,20 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from lm.backend import keep_freed_memory, start
+from lm.backend import start
 from lm.benchmark import scan_peer, torch_peer
 from lm.benchmark.flops import TRAINING, forward_flops_per_token
-from lm.benchmark.machine import SquareMatmul, busy_cores, host_peak_bytes, spread
+from lm.benchmark.machine import SquareMatmul, busy_cores, spread
+from lm.benchmark.peer_side import Batches, PeerSide, Start
+from lm.benchmark.units import host_peak_bytes
 from lm.benchmark.workers import Worker
 from lm.benchmark.workloads import Task, workload
 from lm.config import resolve, to_json
 from lm.data.batches import batches
 from lm.errors import UserError
+from lm.files import check_writable
 from lm.models.build import initialise
-from lm.parallel import device_summary, peak_bytes, place
+from lm.parallel import Placement, device_summary, peak_bytes, place
 from lm.runs.folder import environment
 from lm.training import optimizer as optimizers
 
@@ -30,8 +33,8 @@ _PEERS = {"torch": torch_peer, "scan": scan_peer}
 ALLOCATORS = ("tuned", "system")
 _WARM_UP = 5  # units after the first that are done before anything is measured
 _ROUND_SECONDS = 2.0
-_LOSS_TOLERANCE = 1e-4
-_LEARNING_RATES = 10_000  # of the first steps, for a peer; after them it begins anew
+_LOSS_TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}  # two libraries round to bfloat16 at different places
+_LEARNING_RATES = 10_000  # of the first steps, for a peer
 
 
 def benchmark(
@@ -63,6 +66,8 @@ def benchmark(
       UserError: a bad config or text; an n-gram; a peer that is missing, that cannot do what the config asks for, or whose
         first loss is another one; a loss that is not finite.
     """
+    if profile is not None:
+        check_writable(profile / "trace")
     busy = busy_cores()
     config = resolve(task.draft)
     if config.model.architecture == "ngram":
@@ -77,7 +82,7 @@ def benchmark(
         with contextlib.ExitStack() as stack:
             measured = _measure(stack, ours, against, steps, rounds, compile_peer, profile, scratch, on_round)
         with ours() as again:
-            measured["warm_first_step_seconds"] = again.call("first_unit")["seconds"]
+            measured["warm_first_step_seconds"] = again.call("run", 1)[0]
     generated = {"generation": dataclasses.asdict(task.generation)} if task.mode == "generate" else {}
     measured["environment"] = {**environment(), **measured["environment"]}
     return {"mode": task.mode, **generated, **measured, "busy_cores": busy}
@@ -85,13 +90,13 @@ def benchmark(
 
 def _measure(stack, start_ours, against, steps, rounds, compile_peer, profile, scratch, on_round):
     ours = stack.enter_context(start_ours(environment={"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if against else {}))
-    first = ours.call("first_unit")
+    first_step_seconds = ours.call("run", 1)[0]
     ours.call("run", _WARM_UP)
     steps = steps or max(1, round(_ROUND_SECONDS * 3 / ours.call("run", 3)[0]))
-    memory, facts = ours.call("memory"), ours.call("facts")
+    memory, first_loss, facts = ours.call("memory"), ours.call("first_loss"), ours.call("facts")
     workers, peers = {}, {}
     if against:
-        workers, peers = _start_peers(stack, ours, facts, first["first_loss"], against, compile_peer, scratch)
+        workers, peers = _start_peers(stack, ours, facts, first_loss, against, compile_peer, scratch)
 
     def between():
         on_round()
@@ -110,8 +115,8 @@ def _measure(stack, start_ours, against, steps, rounds, compile_peer, profile, s
         **facts,
         "steps": steps,
         "rounds": rounds,
-        "first_step_seconds": first["seconds"],
-        "first_loss": first["first_loss"],
+        "first_step_seconds": first_step_seconds,
+        "first_loss": first_loss,
         "tokens_per_second": speed,
         "step_seconds": facts["tokens_per_step"] / speed["median"],
         "waiting_share": spread(waits["ours"], 4),
@@ -130,16 +135,20 @@ def _start_peers(stack, ours, facts, first_loss, against, compile_peer, scratch)
         raise UserError(f"--against={against} compares on one device, but JAX uses several; set --config.num_devices=1")
     if against == "torch" and platform not in ("cpu", "gpu"):
         raise UserError(f"--against=torch compares on a CPU or a GPU, but JAX uses {platform}; set JAX_PLATFORMS=cpu")
-    exported = ours.call("export", scratch)
+    start = ours.call("export", scratch)
+    # torch has the accelerator to itself; the other peer is JAX's
+    environment = {"JAX_PLATFORMS": "cpu"} if against == "torch" else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     for allocator in ALLOCATORS[::-1] if platform == "cpu" and facts["allocator"] == "tuned" else ("system",):
-        arguments = (against, *exported, allocator, compile_peer, platform)
-        # torch has the accelerator to itself; the other peer is JAX's
-        environment = {"JAX_PLATFORMS": "cpu"} if against == "torch" else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        worker = stack.enter_context(Worker(PeerSide, *arguments, environment=environment))
+        make = functools.partial(Worker, PeerSide, against, start, allocator, platform, environment=environment)
+        compiled = compile_peer
+        if compile_peer:  # in a process of its own: what loses would count in the other's memory
+            with make(compiled=False) as trial:
+                compiled = trial.call("compiled_is_faster")
+        worker = stack.enter_context(make(compiled=compiled))
         found = worker.call("first_unit")
-        _check_same(first_loss, found["first_loss"], against)
+        _check_same(first_loss, found["first_loss"], against, facts["matmul"]["dtype"])
         worker.call("run", _WARM_UP)
-        workers[allocator], peers[allocator] = worker, {**found, "memory": worker.call("memory")}
+        workers[allocator], peers[allocator] = worker, {**found, "compiled": compiled, "memory": worker.call("memory")}
     return workers, peers
 
 
@@ -157,11 +166,11 @@ def _take_turns(workers, steps, rounds, tokens_per_step, between):
     return rates, waits, others
 
 
-def _check_same(ours: float, theirs: float, name: str) -> None:
-    if not abs(ours - theirs) <= _LOSS_TOLERANCE:
+def _check_same(ours: float, theirs: float, name: str, dtype: str) -> None:
+    if not abs(ours - theirs) <= _LOSS_TOLERANCES[dtype]:
         raise UserError(
-            f"the first loss is {ours:.6f} here and {theirs:.6f} in {name}, more than {_LOSS_TOLERANCE:g} apart: the two models "
-            "are not the same, so their speeds cannot be compared"
+            f"the first loss is {ours:.6f} here and {theirs:.6f} in {name}, more than {_LOSS_TOLERANCES[dtype]:g} apart: the two "
+            "models are not the same, so their speeds cannot be compared"
         )
 
 
@@ -173,16 +182,15 @@ class OurSide:
         start(allocator, compile_cache=scratch / "compiled")
         self._task, self._allocator = task, allocator
         config = resolve(task.draft)
-        self._placement = place(config)
-        self._placement.check_rows(config.data.batch_size, config.training.num_micro_batches)
+        if task.mode == "generate":
+            self._placement = Placement(1)  # where launch.generate works
+        else:
+            self._placement = place(config)
+            self._placement.check_rows(config.data.batch_size, config.training.num_micro_batches)
         self._experiment = task.prepare()
         self._before = host_peak_bytes()
         self._workload = workload(task.mode, self._experiment, self._placement, task.generation)
         self._matmul: SquareMatmul | None = None
-
-    def first_unit(self) -> dict[str, float]:
-        """Does it; its seconds, compilation included, and the loss of the first batch."""
-        return {"seconds": self._workload.run(1)[0], "first_loss": self._workload.first_loss()}
 
     def run(self, num_units: int) -> tuple[float, float]:
         """As `Workload.run`."""
@@ -228,15 +236,20 @@ class OurSide:
         """As `SquareMatmul.rate`."""
         return self._square().rate()
 
-    def export(self, scratch: pathlib.Path) -> tuple[Any, ...]:
-        """Writes fresh parameters; returns what a peer needs to start from the same point."""
-        config = self._experiment.config
-        params = self._placement.get_state(initialise(self._experiment.model, config.seed))
-        np.savez(scratch / "params.npz", **traverse_util.flatten_dict(params, sep="/"))
-        steps_per_epoch = batches(config, self._experiment.train, self._experiment.mixture).steps_per_epoch
-        schedule = optimizers.build(config, steps_per_epoch)[1]
-        learning_rates = np.asarray(schedule(np.arange(_LEARNING_RATES)))
-        return self._task, scratch / "params.npz", learning_rates
+    def export(self, scratch: pathlib.Path) -> Start:
+        """Writes fresh parameters, batches and learning rates; returns what a peer needs to start from the same point."""
+        experiment, task = self._experiment, self._task
+        config, source = experiment.config, batches(experiment.config, experiment.train, experiment.mixture)
+        params = self._placement.get_state(initialise(experiment.model, config.seed))
+        schedule = optimizers.build(config, source.steps_per_epoch)[1]
+        np.savez(
+            scratch / "start.npz",
+            learning_rates=np.asarray(schedule(np.arange(_LEARNING_RATES))),
+            **Batches.take(source),
+            **traverse_util.flatten_dict(params, sep="/"),
+        )
+        facts = experiment.facts["vocab_size"], experiment.tokenizer.eos, source.steps_per_epoch
+        return Start(task.mode, to_json(config), *facts, task.generation, scratch / "start.npz")
 
     def profile(self, folder: pathlib.Path) -> None:
         """Writes a trace of three units."""
@@ -246,45 +259,3 @@ class OurSide:
     def close(self) -> None:
         """Ends the workload's threads."""
         self._workload.close()
-
-
-class PeerSide:
-    """The peer, in its process."""
-
-    def __init__(self, name, task, params, learning_rates, allocator, compile_it, platform):
-        """Reads what ours exported and builds the model; see `OurSide.export` and `benchmark`."""
-        if allocator == "tuned":
-            keep_freed_memory()
-        experiment = task.prepare()
-        self._before = host_peak_bytes()
-        config, vocab_size = experiment.config, experiment.facts["vocab_size"]
-        with np.load(params) as arrays:
-            params = traverse_util.unflatten_dict(dict(arrays), sep="/")
-        source = batches(config, experiment.train, experiment.mixture)
-        self._compile_it = compile_it
-        if name == "scan":
-            self._peer = scan_peer.ScanPeer(config, params, source)
-        else:
-            device = {"cpu": "cpu", "gpu": "cuda"}[platform]
-            self._peer = torch_peer.peer(task.mode, config, vocab_size, params, source, learning_rates, task.generation, device)
-
-    def first_unit(self) -> dict[str, Any]:
-        """The loss of the first batch, the seconds of the first unit, and what runs from now on: torch.compile or not."""
-        found = {"first_loss": self._peer.first_loss(), "seconds": self._peer.run(1)[0], **self._peer.versions}
-        return found | {"compiled": self._compile_it and self._peer.compile_if_faster()}
-
-    def run(self, num_units: int) -> tuple[float, float]:
-        """As `Workload.run`."""
-        return self._peer.run(num_units)
-
-    def memory(self) -> dict[str, int | None]:
-        """As `OurSide.memory`."""
-        return {
-            "host_peak_bytes": host_peak_bytes(),
-            "host_peak_bytes_before": self._before,
-            "device_peak_bytes": self._peer.device_peak_bytes(),
-        }
-
-    def close(self) -> None:
-        """Ends the peer's threads."""
-        self._peer.close()

@@ -22,6 +22,11 @@ _AXES = {
     "emulated devices": "emulated devices (8 × 128 tokens a step)",
 }
 
+_FORMERLY = (
+    "- † Measured when torch.compile was given the model without its loss, and the peer's process loaded JAX as well, so",
+    "  that its memory is left out.",
+)
+
 
 def read_results(folder: pathlib.Path) -> list[Result]:
     """All measurements of a folder, in the order of their suite.
@@ -82,7 +87,7 @@ def table(results: Sequence[Result]) -> list[str]:
         if "tokens_per_second" not in result:
             lines.append(f"| {name} | not yet measured |  |  | {f'{floor:.2f}' if floor else ''} |  |  |  |  |")
             continue
-        peers = (result["against"] or {"allocators": {}})["allocators"]
+        peers = _peers(result)
         plain, tuned = peers.get("system"), peers.get("tuned")
         cells = [
             name,
@@ -92,7 +97,7 @@ def table(results: Sequence[Result]) -> list[str]:
             f"{floor:.2f}" if floor else "",
             _peer_speed(result, tuned),
             f"{tuned['ratio']['median']:.2f}" if tuned else "",
-            ", ".join(f"{_memory(side['memory']):,.0f} MiB" for side in (result, plain) if side),
+            ", ".join(_memory_told(side["memory"]) for side in (result, plain) if side and not _held_jax(side, result)),
             f"{result['share_of_matmul_peak']:.0%}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -107,7 +112,20 @@ def _peer_speed(result, peer):
     if peer is None:
         return ""
     kind = " (lax.scan)" if result["against"]["name"] == "scan" else " (compiled)" if peer["compiled"] else ""
-    return f"{peer['tokens_per_second']['median']:,.0f}{kind}"
+    return f"{peer['tokens_per_second']['median']:,.0f}{kind}{' †' * _held_jax(peer, result)}"
+
+
+def _peers(result):
+    return (result["against"] or {"allocators": {}})["allocators"]
+
+
+def _held_jax(side, ours):
+    """Whether it is a peer measured as before 2026-11-28: those have a peak from before the model, too."""
+    return side is not ours and "host_peak_bytes_before" in side["memory"]
+
+
+def _memory_told(memory):
+    return f"{_memory(memory):,.0f} MiB"
 
 
 def _memory(memory):
@@ -163,9 +181,10 @@ def provenance(results: Sequence[Result]) -> list[str]:
     seen: dict[str, list[str]] = {}
     for result in results:
         where = result["environment"]
-        peer = next(iter((result["against"] or {"allocators": {}})["allocators"].values()), None)
+        peer = next(iter(_peers(result).values()), None)
         versions = f"Python {where['python']}, JAX {where['jax']}{', ' + peer['library'] if peer else ''}"
-        seen.setdefault(f"{where['hardware']}; {versions}", []).append(where["date"])
+        devices = "" if where.get("platform", "cpu") == "cpu" else f", {where['num_devices']} × {where['device']}"
+        seen.setdefault(f"{where['hardware']}{devices}; {versions}", []).append(where["date"])
     lines += [f"- {where}; {min(dates)} to {max(dates)}" for where, dates in seen.items()]
     return [
         *lines,
@@ -174,4 +193,5 @@ def provenance(results: Sequence[Result]) -> list[str]:
         "  files here hold every round, the resolved config, and how many cores other work took before.",
         "- The peer is PyTorch, eager or compiled, whichever was faster, or where it says so a plain lax.scan with our",
         "  optimiser. Memory is the process's peak, libraries and compiler included; on a GPU the device's.",
+        *(_FORMERLY if any(_held_jax(peer, result) for result in results for peer in _peers(result).values()) else []),
     ]

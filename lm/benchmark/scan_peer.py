@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lm.benchmark.peer_side import Start
 from lm.benchmark.refusals import refuse_extras
-from lm.benchmark.workloads import run_on
+from lm.benchmark.units import run_on
 from lm.config import Config, dropout_rates
-from lm.data.batches import BatchSource
 from lm.data.prefetch import prefetch
 from lm.errors import UserError
 from lm.parallel import Placement, peak_bytes
@@ -51,8 +51,12 @@ def check(draft: Config, config: Config, mode: str) -> None:
 class ScanPeer:
     """Trains on the batches that ours trains on, from given parameters."""
 
-    def __init__(self, config: Config, params: Any, source: BatchSource):
-        """Prepares the step; nothing is compiled yet."""
+    def __init__(self, config: Config, params: Any, source: Any):
+        """Prepares the step; nothing is compiled yet.
+
+        Args:
+          source: of batches: a BatchSource, or `lm.benchmark.peer_side.Batches`.
+        """
         self._config, self._source = config, source
         self.params = jax.device_put(params)
         self._optimizer, _ = optimizers.build(config, source.steps_per_epoch)
@@ -70,7 +74,7 @@ class ScanPeer:
         """Most memory so far of the accelerator; None where the platform does not tell."""
         return peak_bytes(Placement(1))
 
-    def compile_if_faster(self) -> bool:
+    def compiled_is_faster(self) -> bool:
         """There is no choice: it is compiled."""
         return True
 
@@ -122,6 +126,13 @@ class ScanPeer:
     def close(self) -> None:
         """Stops the thread that makes batches."""
         self._batches.close()
+
+
+def start(start: Start, platform: str, compiled: bool) -> ScanPeer:
+    """The peer that `PeerSide` asks for; always compiled."""
+    del platform, compiled
+    config, params, batches, _ = start.read()
+    return ScanPeer(config, params, batches)
 
 
 def _layer(model, params, x_TBD, state, mask_BH, dtype):

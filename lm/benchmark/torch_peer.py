@@ -1,9 +1,10 @@
 """The same model, optimiser and batches in PyTorch, as its users write them: what launch.benchmark measures ours against.
 
-torch is an extra, imported inside functions only. Mathematics and starting point are ours to the last bias, so that first
-losses and updates can be held against each other; everything else (layouts, kernels, threads) is left to torch.
+torch is an extra, imported inside functions only, and its process loads no JAX. Mathematics and starting point are ours to the
+last bias, so that first losses and updates can be held against each other; all else (layouts, kernels, threads) is torch's.
 """
 
+import collections
 import contextlib
 import importlib.util
 import sys
@@ -13,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from lm.benchmark import torch_models
+from lm.benchmark.peer_side import Start
 from lm.benchmark.refusals import refuse_extras
-from lm.benchmark.workloads import Generation, run_on
+from lm.benchmark.units import Generation, run_on
 from lm.config import RECURRENT, Config, dropout_rates
-from lm.data.batches import Batch, BatchSource
 from lm.data.prefetch import prefetch
 from lm.errors import UserError
 
+_TRIAL_SECONDS = 0.5  # of a turn in which eager and compiled are told apart
 _OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")  # whose updates in torch are those of lm.training.optimizer
 
 
@@ -81,18 +83,28 @@ class Peer:
       versions: the library with its version, and the number of its threads.
     """
 
-    def __init__(self, config: Config, vocab_size: int, params: Any, source: BatchSource, device: str = "cpu", length: int = 0):
+    def __init__(self, config: Config, vocab_size: int, params: Any, source: Any, device: str = "cpu", length: int = 0):
         """Builds the model with a copy of the parameters.
 
         Args:
           config: as `check` passes it, its widths solved.
           params: ours, NumPy or JAX.
-          source: of the batches that ours reads.
+          source: of the batches that ours reads: a BatchSource, or `lm.benchmark.peer_side.Batches`.
           device: of torch, "cpu" or "cuda"; bfloat16 is by autocast, as `config.compute_dtype` says.
           length: of the longest text, if longer than `config.data.seq_len`.
+
+        Raises:
+          UserError: a GPU that this PyTorch cannot use.
         """
         import torch
 
+        if device == "cuda":
+            if not torch.cuda.is_available():
+                raise UserError(
+                    f"--against=torch compares on the GPU that JAX uses, but torch {torch.__version__} finds none; install one "
+                    "that is built for it, or set JAX_PLATFORMS=cpu"
+                )
+            torch.set_float32_matmul_precision("high")  # TF32, which float32 is in JAX there
         self._config, self._source, self._device = config, source, torch.device(device)
         self.model = torch_models.build(config, vocab_size, max(config.data.seq_len, length))
         copied = {
@@ -100,23 +112,36 @@ class Peer:
         }
         self.model.load_state_dict(copied)
         self.model.to(self._device)
-        self.call = self.model  # or what torch.compile makes of it
+        self.compile(False)
         self.versions = {"library": f"torch {torch.__version__}", "num_threads": torch.get_num_threads()}
 
-    def compile_if_faster(self) -> bool:
-        """Tries what torch.compile makes of the model and keeps the faster; whether that is it."""
+    def compile(self, wanted: bool = True) -> None:
+        """From now on runs what torch.compile makes of model and loss, or both eagerly."""
         import torch
 
-        eager = min(self.run(2)[0] for _ in range(2))
-        self.call = torch.compile(self.model)
+        wrap = torch.compile if wanted else lambda function: function
+        self.score, self.call = wrap(self._scored), wrap(self.model)
+
+    def compiled_is_faster(self) -> bool:
+        """Whether it is, tried in turns of half a second; False where nothing can be compiled."""
+        import torch
+
+        self.run(2)
+        turn = max(2, round(2 * _TRIAL_SECONDS / self.run(2)[0]))
         try:
+            self.compile()
             self.run(2)
-            if min(self.run(2)[0] for _ in range(2)) < eager:
-                return True
+            seconds = {False: [], True: []}
+            for wanted in (False, True) * 2:
+                self.compile(wanted)
+                seconds[wanted].append(self.run(turn)[0])
         except Exception as error:  # of many kinds, where there is no compiler for it
             print(f"torch.compile fails here ({type(error).__name__}); torch runs eagerly", file=sys.stderr)
-        self.call = self.model
-        return False
+            return False
+        finally:
+            self.compile(False)
+        has_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # of some modules it makes nothing
+        return has_graphs and min(seconds[True]) < min(seconds[False])
 
     def run(self, num_units: int) -> tuple[float, float]:
         """As `Workload.run`."""
@@ -131,27 +156,31 @@ class Peer:
         self.model.eval()
         try:
             with torch.no_grad():
-                return float(self._nll(*self._forward(inputs_BT, None), targets_BT)[0])
+                return float(self._scored(inputs_BT, None, targets_BT)[0])
         finally:
             self.model.train(was_training)
 
-    def _forward(self, inputs_BT, state):
+    def _half(self):
+        """Autocast to bfloat16, where the config computes in it."""
         import torch
 
         half = self._config.compute_dtype == "bfloat16"
-        with torch.autocast(self._device.type, torch.bfloat16) if half else contextlib.nullcontext():
-            return self.call(inputs_BT, state)
+        return torch.autocast(self._device.type, torch.bfloat16) if half else contextlib.nullcontext()
 
-    def _nll(self, logits_BTV, state, targets_BT, **options):
+    def _scored(self, inputs_BT, state, targets_BT, **options):
         from torch import nn
 
+        with self._half():
+            logits_BTV, state = self.model(inputs_BT, state)
         return nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), **options), state
 
-    def _on_device(self, batch: Batch):
+    def _on_device(self, batch):
         """Inputs, targets, and whether all rows start empty (a stream's rows begin an epoch together)."""
         import torch
 
-        tensors = (torch.from_numpy(x).long().to(self._device) for x in (batch.inputs_BT, batch.targets_BT))
+        tensors = [torch.from_numpy(np.asarray(x)).long() for x in (batch.inputs_BT, batch.targets_BT)]
+        if self._device.type == "cuda":
+            tensors = [x.pin_memory().to(self._device, non_blocking=True) for x in tensors]
         return *tensors, bool(batch.reset_B.all())
 
     def _ahead(self):
@@ -200,8 +229,8 @@ class TrainingPeer(Peer):
         from torch import nn
 
         settings, training = self._config.optimizer, self._config.training
-        forward = self._forward(inputs_BT, None if starts else self._state)
-        loss, state = self._nll(*forward, targets_BT, label_smoothing=training.label_smoothing)
+        state = None if starts else self._state
+        loss, state = self.score(inputs_BT, state, targets_BT, label_smoothing=training.label_smoothing)
         self._optimizer.zero_grad()
         loss.backward()
         if settings.clip_norm is not None:
@@ -234,12 +263,16 @@ class EvaluationPeer(Peer):
         import torch
 
         with torch.inference_mode():
-            return run_on(self._batches, num_units, self._score)
+            return run_on(self._batches, num_units, self._evaluate)
 
-    def _score(self, batches):
+    def _evaluate(self, batches):
+        underway = collections.deque()  # as ours, two batches are on the device while an earlier one is fetched
         for inputs_BT, targets_BT, starts in batches:
-            forward = self._forward(inputs_BT, None if starts else self._state)
-            nll_N, self._state = self._nll(*forward, targets_BT, reduction="none")
+            nll_N, self._state = self.score(inputs_BT, None if starts else self._state, targets_BT, reduction="none")
+            underway.append(nll_N)
+            if len(underway) > 2:
+                underway.popleft().cpu().numpy()
+        for nll_N in underway:
             nll_N.cpu().numpy()
 
     def close(self) -> None:
@@ -270,9 +303,9 @@ class GeneratingPeer(Peer):
         samples, num_tokens = self._generation.num_samples, self._generation.num_tokens
         token_B1 = torch.full((samples, 1), self._eos, dtype=torch.long, device=self._device)
         drawn, state = [], self.model.empty_state(samples)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._half():  # once, since it keeps what it has cast until it ends
             for _ in range(num_tokens):
-                logits_B1V, state = self._forward(token_B1, state)
+                logits_B1V, state = self.call(token_B1, state)
                 token_B1 = torch.multinomial(logits_B1V[:, -1].float().softmax(-1), 1)
                 drawn.append(token_B1)
             return torch.cat(drawn, dim=1).cpu().numpy()
@@ -286,7 +319,7 @@ def peer(
     config: Config,
     vocab_size: int,
     params: Any,
-    source: BatchSource,
+    source: Any,
     learning_rates: np.ndarray,
     generation: Generation,
     device: str = "cpu",
@@ -298,6 +331,23 @@ def peer(
     if mode == "generate":
         return GeneratingPeer(*common, generation=generation, device=device)
     return EvaluationPeer(*common, device=device)
+
+
+def start(start: Start, platform: str, compiled: bool) -> TrainingPeer | EvaluationPeer | GeneratingPeer:
+    """The peer that `PeerSide` asks for.
+
+    Raises:
+      UserError: an installed torch that does not load, or finds no GPU where JAX has one.
+    """
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise UserError(f"the PyTorch that is installed does not load ({error}); install the extra peers anew") from None
+    config, params, batches, learning_rates = start.read()
+    device = {"cpu": "cpu", "gpu": "cuda"}[platform]
+    found = peer(start.mode, config, start.vocab_size, params, batches, learning_rates, start.generation, device)
+    found.compile(compiled)
+    return found
 
 
 def _detached(state):
@@ -316,6 +366,7 @@ def _optimizer(config, model):
         {"params": groups[True], "weight_decay": settings.weight_decay},
         {"params": groups[False], "weight_decay": 0.0},
     ]
+    fused = next(model.parameters()).is_cuda or None  # None: as torch chooses
     if settings.name in ("adam", "adamw"):
-        return torch.optim.AdamW(decayed, lr=settings.learning_rate, betas=(settings.b1, settings.b2))
-    return torch.optim.SGD(decayed, lr=settings.learning_rate, momentum=settings.momentum or 0.0)
+        return torch.optim.AdamW(decayed, lr=settings.learning_rate, betas=(settings.b1, settings.b2), fused=fused)
+    return torch.optim.SGD(decayed, lr=settings.learning_rate, momentum=settings.momentum or 0.0, fused=fused)

@@ -1,9 +1,11 @@
 """Workers: each side of a comparison in a process of its own, so that neither shares the other's threads, memory or settings."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lm.errors import UserError
@@ -15,11 +17,11 @@ class Worker:
     Usable as a context manager, which ends the process.
     """
 
-    def __init__(self, make: Callable[..., Any], *args, environment: Mapping[str, str] | None = None):
+    def __init__(self, make: Callable[..., Any], *args, environment: Mapping[str, str] | None = None, **options):
         """Starts the process and makes the object there.
 
         Args:
-          make: importable; its result has a method `close`.
+          make: importable; called with the arguments and options; its result has a method `close`.
           environment: variables that the process is started with, beside those of this one.
 
         Raises:
@@ -27,8 +29,8 @@ class Worker:
         """
         context = multiprocessing.get_context("spawn")
         self._connection, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, make, args), daemon=True)
-        with _changed_environment(environment or {}):
+        self._process = context.Process(target=_serve, args=(there, functools.partial(make, *args, **options)), daemon=True)
+        with changed_environment(environment or {}):
             self._process.start()
         there.close()
         try:
@@ -67,12 +69,12 @@ class Worker:
         self._process.join()
 
 
-def _serve(connection, make, args):
+def _serve(connection, make):
     with contextlib.suppress(EOFError, KeyboardInterrupt):  # the other side has closed, or both were interrupted
         try:
-            made = make(*args)
+            made = make()
         except Exception as error:
-            connection.send((None, error))
+            connection.send((None, _told(error)))
             return
         with contextlib.closing(made):
             connection.send((None, None))
@@ -81,11 +83,21 @@ def _serve(connection, make, args):
                 try:
                     connection.send((getattr(made, method)(*arguments), None))
                 except Exception as error:
-                    connection.send((None, error))
+                    connection.send((None, _told(error)))
+
+
+def _told(error):
+    """The error to hand on: in one sentence where a device's memory ran out; what no one foresaw is shown with its place here."""
+    if "RESOURCE_EXHAUSTED" in str(error) or type(error).__name__ == "OutOfMemoryError":
+        return UserError("the device's memory ran out; make config.data.batch_size or the model smaller")
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+    return error
 
 
 @contextlib.contextmanager
-def _changed_environment(changes):
+def changed_environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables of the environment, and afterwards puts back what was there."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:

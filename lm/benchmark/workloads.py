@@ -4,12 +4,12 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
 
+from lm.benchmark.units import Generation, run_on
 from lm.config import Config, dropout_rates, resolve
 from lm.data.batches import batches
 from lm.data.prefetch import prefetch
@@ -21,14 +21,6 @@ from lm.parallel import Placement
 from lm.training import optimizer as optimizers
 from lm.training.step import initial_state
 from lm.training.train import Experiment, compile_step, prepare
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """What is generated: rows side by side, and the tokens of each."""
-
-    num_samples: int = 1
-    num_tokens: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +37,7 @@ class Task:
 
     draft: Config
     mode: str = "train"
-    generation: Generation = Generation()
+    generation: Generation = dataclasses.field(default_factory=Generation)
     vocab_size: int | None = None
 
     def prepare(self) -> Experiment:
@@ -91,34 +83,6 @@ class Workload(Protocol):
         """Stops the threads that make batches."""
 
 
-class Timed:
-    """An iterator over another, and how long it has been waited for.
-
-    Attributes:
-      seconds: of waiting so far.
-    """
-
-    def __init__(self, iterator: Iterator[Any]):
-        self._iterator, self.seconds = iterator, 0.0
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        asked = time.perf_counter()
-        try:
-            return next(self._iterator)
-        finally:
-            self.seconds += time.perf_counter() - asked
-
-
-def run_on(batches: Iterator[Any], num_units: int, work: Callable[[Iterator[Any]], Any]) -> tuple[float, float]:
-    """Works on the next batches until it is done with them; returns all seconds, and those of waiting for batches."""
-    timed, started = Timed(itertools.islice(batches, num_units)), time.perf_counter()
-    work(timed)
-    return time.perf_counter() - started, timed.seconds
-
-
 class Training:
     """The training step as a run takes it: compiled, placed, on batches made ahead.
 
@@ -137,6 +101,7 @@ class Training:
         self.state, self._carry = placement.put_state(state), placement.put_rows(carry)
         self._experiment, self._placement = experiment, placement
         self._first, self._first_loss = source.batch(0, slice(None)), None
+        self._drops = bool(dropout_rates(config.model))
 
         def batch(step):
             return placement.put_rows(source.batch(step, slice(None)))
@@ -149,22 +114,17 @@ class Training:
     def _train(self, batches):
         for rows in batches:
             self.state, self._carry = self._step(self.state, self._carry, rows)
-            if self._first_loss is None:
-                self._first_loss = self._loss_without_dropout() or self._mean_loss()
+            if self._first_loss is None and not self._drops:
+                self._first_loss = self._mean_loss()
         jax.block_until_ready((self.state, self._carry))
 
     def first_loss(self) -> float:
         self._mean_loss()  # of all steps so far
-        assert self._first_loss is not None
+        if self._first_loss is None:  # of what drops: scored, as a peer's is, since both draw what they drop otherwise
+            model = self._experiment.model
+            params = self._placement.put_state(initialise(model, self._experiment.config.seed))
+            self._first_loss = first_loss(neural_scorer(model, self._placement)(params), self._first)
         return self._first_loss
-
-    def _loss_without_dropout(self):
-        """Scored, as a peer's is, since both draw what they drop otherwise; None where nothing is dropped."""
-        model = self._experiment.model
-        if not dropout_rates(self._experiment.config.model):
-            return None
-        params = self._placement.put_state(initialise(model, self._experiment.config.seed))
-        return first_loss(neural_scorer(model, self._placement)(params), self._first)
 
     def _mean_loss(self):
         sums = self._placement.get_state(self.state.log_sums)

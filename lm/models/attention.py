@@ -195,7 +195,12 @@ def attend_causally(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, window: int | N
 def _flash_takes(q_BTHK):
     length, width = q_BTHK.shape[1], q_BTHK.shape[3]
     halves = q_BTHK.dtype in (jnp.bfloat16, jnp.float16)
-    return halves and length % 2 == 0 and width % 8 == 0 and width <= 128 and jax.default_backend() == "gpu"
+    return halves and length % 2 == 0 and width % 8 == 0 and width <= 128 and _has_flash(jax.devices()[0])
+
+
+def _has_flash(device):
+    """cuDNN's kernels are for Ampere and what came after."""
+    return device.platform == "gpu" and float(device.compute_capability) >= 8
 
 
 def _attend_in_blocks(q_BTHK, k_BTHK, v_BTHK, window, block):
