@@ -89,7 +89,8 @@ def report(result):
         (what, f"{_rate(speed)}, median of {rounds}; {result['step_seconds'] * 1000:,.1f} ms a {unit}"),
     ]
     if result["mode"] != "generate":
-        rows.append(("waiting", f"{result['waiting_share']['median']:.1%} of the time, for data"))
+        most = "" if where["platform"] == "cpu" else "at most "  # the device may still work on what it was given ahead
+        rows.append(("waiting", f"{most}{result['waiting_share']['median']:.1%} of the time, for data"))
     rows.append(("peak memory", _memory(result["memory"])))
     rows.append(
         (

@@ -22,6 +22,7 @@ _AXES = {
     "emulated devices": "emulated devices (8 × 128 tokens a step)",
 }
 
+_ON_A_GPU = ("- torch's autocast to bfloat16 runs cuDNN's recurrences in float16, whatever type it is asked for.",)
 _FORMERLY = (
     "- † Measured when torch.compile was given the model without its loss, and the peer's process loaded JAX as well, so",
     "  that its memory is left out.",
@@ -193,5 +194,6 @@ def provenance(results: Sequence[Result]) -> list[str]:
         "  files here hold every round, the resolved config, and how many cores other work took before.",
         "- The peer is PyTorch, eager or compiled, whichever was faster, or where it says so a plain lax.scan with our",
         "  optimiser. Memory is the process's peak, libraries and compiler included; on a GPU the device's.",
+        *(_ON_A_GPU if any(result["environment"].get("platform") == "gpu" for result in results) else []),
         *(_FORMERLY if any(_held_jax(peer, result) for result in results for peer in _peers(result).values()) else []),
     ]
