@@ -219,7 +219,7 @@ def _equal(section, runs):
     missing = [row.name for row in section.rows if not runs[row.path]]
     said = [f"Not yet run: {', '.join(missing)}."] if missing else []
     if len(there) > 1 and len({place(run.environment) for run in there}) == 1:
-        said = [_at_equal_time(there), "", *said]
+        said = [_at_equal_time(there), *(["", *said] if said else [])]
     return [*lines, *([""] if lines and said else []), *said]
 
 
