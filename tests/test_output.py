@@ -62,11 +62,13 @@ WHOLE, PARTS = 1 << 25, 4 * V  # logits at once; the second makes of seven token
 
 
 @pytest.mark.parametrize("at_once", [WHOLE, PARTS])
+@pytest.mark.parametrize("wide", [8192, 1])  # columns beyond which their sums are made as a product
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
-def test_losses_and_their_gradient_equal_numpy(rng, monkeypatch, at_once, label_smoothing, tied):
+def test_losses_and_their_gradient_equal_numpy(rng, monkeypatch, at_once, wide, label_smoothing, tied):
     """Uneven weights, one of them 0; two tokens whose logits tie; the gradient scaled as a loss behind it would."""
     monkeypatch.setattr(outputs, "logits_at_once", lambda: at_once)
+    monkeypatch.setattr(outputs, "_WIDE", wide)
     num_tokens = 7
     hidden, kernel = rng.normal(size=(num_tokens, D)).astype(np.float32), rng.normal(size=(D, V)).astype(np.float32)
     bias, weights = rng.normal(size=V).astype(np.float32), rng.uniform(0.2, 2, num_tokens).astype(np.float32)
