@@ -5,7 +5,7 @@ from lm.config import Config
 
 
 def awd_lstm(config: Config, train_tokens: int, epochs: int) -> Config:
-    """The recipe of the paper's code: three layers, tied, SGD at 30, averaged since valid stalls.
+    """The recipe of the paper's code, but for how parameters begin: three layers, tied, SGD at 30, averaged since valid stalls.
 
     Args:
       config: of a stream of words; changed and returned.

@@ -4,35 +4,34 @@ from configs._common import steps_of
 from lm.config import Config
 
 
-def melis(config: Config, train_tokens: int, epochs: int) -> Config:
+def melis(
+    config: Config, train_tokens: int, epochs: int, learning_rate: float, rates: tuple[float, float, float, float]
+) -> Config:
     """Capped input gates, skip connections, one mask of state dropout for a segment and new ones of all else for each token,
-    Adam without a first moment; as their code has it, but for the state that it forgets once in a hundred steps.
+    Adam without a first moment; as their code has it.
+
+    What differs: that forgets its state once in a hundred steps, and its penalty on squares is part of the gradient, where
+    decay of a weight chosen here stands beside Adam's step. Its figures are with a temperature of the softmax tuned on valid.
 
     Args:
       config: of a stream of words; changed and returned.
       train_tokens: in the train split.
+      rates: of dropout, on the embedding, between the layers, of the state and on the output.
     """
-    config.model.input_gate, config.model.skip_connections = "capped", True
-    config.optimizer.name, config.optimizer.b1, config.optimizer.clip_norm = "adamw", 0.0, 10.0
-    epoch, training = steps_of(config, train_tokens), config.training
+    model, optimizer, training = config.model, config.optimizer, config.training
+    model.input_gate, model.skip_connections = "capped", True
+    model.embedding_dropout_rate, model.dropout_rate, model.state_dropout_rate, model.output_dropout_rate = rates
+    optimizer.name, optimizer.b1, optimizer.learning_rate = "adamw", 0.0, learning_rate
+    optimizer.clip_norm = 10 / config.data.seq_len  # theirs is of a loss summed over the steps of a row
+    epoch = steps_of(config, train_tokens)
     training.num_steps, training.evaluate_every_steps, training.log_every_steps = epochs * epoch, epoch, 200
     return config
 
 
-def tuned_lstm(config: Config, train_tokens: int, num_layers: int, epochs: int) -> Config:
-    """24M parameters, with the learning rate and dropout that their code lists as tuned for four layers on the Penn Treebank.
-
-    Its penalty of 9.4e-5 on squares, part of the gradient there, is decay beside Adam's step here; how much of it and how long
-    to wait for valid was chosen.
-
-    Args:
-      config, train_tokens: as `melis` takes them.
-    """
-    model, optimizer = melis(config, train_tokens, epochs).model, config.optimizer
-    model.num_params, model.num_layers = 24_000_000, num_layers
-    model.embedding_dropout_rate, model.dropout_rate = 0.68697, 0.31323
-    model.state_dropout_rate, model.output_dropout_rate = 0.48479, 0.69626
-    optimizer.learning_rate, optimizer.weight_decay = 0.003339, 0.01
+def tuned_lstm(config: Config, train_tokens: int, epochs: int, learning_rate: float, rates) -> Config:
+    """The LSTM of 2018; as `melis`. Decay was chosen, and how long valid stalls before the learning rate falls to a tenth."""
+    optimizer = melis(config, train_tokens, epochs, learning_rate, rates).optimizer
+    optimizer.weight_decay = 0.01
     optimizer.schedule, optimizer.decay_factor, optimizer.plateau_patience = "plateau", 0.1, 8
     config.training.early_stopping = 20
     return config

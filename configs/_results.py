@@ -55,8 +55,9 @@ def _awd_lstm(corpus: str, cache: Cache, *, plain, tuned, cached, dynamic) -> tu
 
 
 def _gal(size: str, valid: float, test: float, test_over_masks: float) -> Row:
-    published = {"": Published(valid, test, _GAL_2016), "dropout_samples": Published(None, test_over_masks, _GAL_2016)}
-    return _row(f"ptb/gal_{size}", f"variational LSTM, {size}", published=published, variants=(_OVER_MASKS,))
+    last, over_masks = Published(valid, test, _GAL_2016), Published(None, test_over_masks, _GAL_2016)
+    options = dict(published={"last epoch": last, "dropout_samples": over_masks}, variants=(_OVER_MASKS,), last_epoch=True)
+    return _row(f"ptb/gal_{size}", f"variational LSTM, {size}", **options)
 
 
 def _melis(corpus: str, valid: float, test: float) -> Row:
@@ -80,8 +81,8 @@ _PTB = (
     _zaremba("small", 120.7, 114.5, seeds=(0, 1, 2)),
     _zaremba("medium", 86.2, 82.7),
     _zaremba("large", 82.2, 78.4),
-    _gal("medium", 81.9, 79.7, 78.6),
-    _gal("large", 77.9, 75.2, 73.4),
+    _gal("medium", 81.8, 79.7, 79.0),
+    _gal("large", 77.3, 75.0, 74.1),
     _melis("ptb", 60.9, 58.3),
     *_awd_lstm(
         "ptb",
@@ -121,7 +122,8 @@ def _part(name: str, *overrides: str, num_steps: int = 5100) -> Row:
 SECTIONS = (
     Section(
         "Published on the Penn Treebank",
-        "10,000 words, 82,430 tokens of test. What the papers report is valid / test.",
+        "10,000 words, 82,430 tokens of test. What the papers report is valid / test. Dynamic evaluation that is not yet run\n"
+        "stands at the settings of Krause et al. for AWD-LSTM on this corpus, until valid has chosen.",
         "published",
         _PTB,
     ),

@@ -167,6 +167,9 @@ def test_the_root_mean_square_of_gradients_is_over_batches_of_train(lstm):
     found = gradient_rms(model, params, corpus_of(text, VOCAB, EOS), 3)
     jax.tree.map(lambda f, *s: np.testing.assert_allclose(f, np.sqrt(np.mean(s, axis=0)), atol=1e-5), found, *squares)
 
+    with refused("--dynamic_segment=601 is longer than the text"):
+        gradient_rms(model, params, corpus_of(text, VOCAB, EOS), 601)
+
 
 # --- as a figure of a run
 

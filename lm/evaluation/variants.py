@@ -25,7 +25,8 @@ class Dynamic:
 
     Krause et al. 2018, arXiv:1709.07432: θ <- θ - η g / (r + ε) + min(1, λ r / mean(r)) (θ₀ - θ), where r is the root mean
     square of the gradients of train (section 4.2); or, with rule "sgd", θ <- θ - η g + λ (θ₀ - θ). The defaults are those of
-    the authors' code for rms on the Penn Treebank (its older ones, 0.002, 0.02 and 0.001, are of sums in place of means).
+    the authors' code for rms on the Penn Treebank (its older ones, 0.002, 0.02 and 0.001, are of sums in place of means). Its
+    mean(r) is over the means of arrays, here it is over all entries, as the formula has it: let valid choose λ.
 
     Attributes:
       rule: "rms" or "sgd".
@@ -256,7 +257,14 @@ def gradient_rms(
 
     Args:
       progress: called with the number of tokens seen since the last call.
+
+    Raises:
+      UserError: a segment longer than train.
     """
+    if len(train.tokens) < segment:
+        raise UserError(
+            f"--dynamic_segment={segment} is longer than the text that was trained on, of {len(train.tokens)} tokens; shorten it"
+        )
     source = Stream(train, min(_RMS_ROWS, len(train.tokens) // segment), segment, seed=0)
     objective = causal_language_model(model)
 
