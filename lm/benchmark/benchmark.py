@@ -140,8 +140,8 @@ def _start_peers(stack, ours, facts, first_loss, against, compile_peer, scratch)
     environment = {"JAX_PLATFORMS": "cpu"} if against == "torch" else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     for allocator in ALLOCATORS[::-1] if platform == "cpu" and facts["allocator"] == "tuned" else ("system",):
         make = functools.partial(Worker, PeerSide, against, start, allocator, platform, environment=environment)
-        compiled = compile_peer
-        if compile_peer:  # in a process of its own: what loses would count in the other's memory
+        compiled = against != "torch"  # which alone has the choice
+        if compile_peer and not compiled:  # tried in a process of its own: what loses would count in the other's memory
             with make(compiled=False) as trial:
                 compiled = trial.call("compiled_is_faster")
         worker = stack.enter_context(make(compiled=compiled))

@@ -98,7 +98,7 @@ class PeerSide:
         self._peer = importlib.import_module(f"lm.benchmark.{name}_peer").start(start, platform, compiled)
 
     def compiled_is_faster(self) -> bool:
-        """Tries both, in turns."""
+        """Tries both, in turns; of a peer that has the choice."""
         return self._peer.compiled_is_faster()
 
     def first_unit(self) -> dict[str, Any]:

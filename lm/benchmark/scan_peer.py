@@ -74,10 +74,6 @@ class ScanPeer:
         """Most memory so far of the accelerator; None where the platform does not tell."""
         return peak_bytes(Placement(1))
 
-    def compiled_is_faster(self) -> bool:
-        """There is no choice: it is compiled."""
-        return True
-
     def first_loss(self) -> float:
         """Nats per token of the first batch, without a step and without dropout."""
         inputs_BT, targets_BT, _ = self._batch(0)
