@@ -7,9 +7,11 @@ Perplexity valid 147.71, test 141.06, a second on two cores of an Intel Xeon (20
 
 from configs._common import finish
 from configs.ptb._text import penn_treebank
+from lm.config import Config
 
 
 def get_config(argument=""):
-    config = penn_treebank("ngram")
+    unread = Config().data
+    config = penn_treebank("ngram", unread.batch_size, unread.seq_len)
     config.model.ngram_order = 5
     return finish(config, argument)
