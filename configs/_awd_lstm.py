@@ -1,4 +1,4 @@
-"""AWD-LSTM (Merity et al. 2018, arXiv:1708.02182): its recipe, for any corpus."""
+"""AWD-LSTM (Merity et al. 2018, arXiv:1708.02182), and with a mixture of softmaxes: the recipes, for any corpus."""
 
 from configs._common import steps_of
 from lm.config import Config
@@ -21,4 +21,11 @@ def awd_lstm(config: Config, train_tokens: int, epochs: int) -> Config:
     training.averaging = "stall"
     epoch = steps_of(config, train_tokens)
     training.num_steps, training.evaluate_every_steps, training.log_every_steps = epochs * epoch, epoch, 200
+    return config
+
+
+def awd_lstm_mos(config: Config, train_tokens: int, learning_rate: float) -> Config:
+    """The same with a mixture of 15 softmaxes (Yang et al. 2018, arXiv:1711.03953), for 1,000 epochs; as `awd_lstm`."""
+    awd_lstm(config, train_tokens, epochs=1000).optimizer.learning_rate = learning_rate
+    config.model.num_softmaxes, config.model.softmax_dropout_rate = 15, 0.29
     return config

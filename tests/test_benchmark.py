@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, corpus_of, draft, refused, write_corpus
 
-from lm.benchmark import benchmark as benchmarks, scan_peer, torch_models, torch_peer
+from lm.benchmark import benchmark as benchmarks, peer_side, scan_peer, torch_models, torch_peer
 from lm.benchmark.benchmark import benchmark
 from lm.benchmark.flops import TRAINING, forward_flops_per_token
 from lm.benchmark.units import Generation
@@ -269,6 +269,9 @@ class Adder:
     def variable(self, name):
         return os.environ.get(name)
 
+    def overfill(self):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes")
+
     def die(self):
         os._exit(9)
 
@@ -281,12 +284,27 @@ def test_a_worker_keeps_its_object_and_hands_errors_on():
         assert [worker.call("add", 2), worker.call("add", 3)] == [3, 6]
         with refused("value is below 0"):
             worker.call("add", -1)
+        with refused("the device's memory ran out"):
+            worker.call("overfill")
         assert worker.call("add", 1) == 7
         assert worker.call("variable", "LM_TEST_WORKER") == "there" and "LM_TEST_WORKER" not in os.environ
         with refused("ended with exit code 9"):
             worker.call("die")
     with refused("start is below 0"):
         Worker(Adder, -1)
+
+
+def test_a_peer_reads_the_batches_of_ours_and_after_the_last_begins_anew(monkeypatch):
+    """Eight batches of 24 tokens, of which sixty tokens make two; a state does not go on from the last into the first."""
+    monkeypatch.setattr(peer_side, "_MOST_TOKENS", 60)
+    corpus = corpus_of(np.arange(200) % V, V)
+    source = batches(resolve(draft_of("lstm", data__batch_size=4, data__seq_len=6)), corpus)
+    kept = peer_side.Batches(peer_side.Batches.take(source), corpus.eos, source.steps_per_epoch)
+    for step, ours in ((0, 0), (1, 1), (2, 0), (3, 1)):
+        found, want = kept.batch(step, slice(1, 3)), source.batch(ours, slice(1, 3))
+        np.testing.assert_array_equal(found.inputs_BT, want.inputs_BT)
+        np.testing.assert_array_equal(found.targets_BT, want.targets_BT)
+        assert found.reset_B.tolist() == [ours == 0] * 2
 
 
 def test_the_process_of_pytorch_loads_no_jax():

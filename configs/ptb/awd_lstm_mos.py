@@ -6,14 +6,13 @@ python -m launch.train --config=configs/ptb/awd_lstm_mos.py --config.data.path=/
 Not yet run; a GPU's work: 1,000 epochs. The fine-tuning stage is that of configs/ptb/awd_lstm.py, with steps of 25.
 """
 
-from configs._awd_lstm import awd_lstm
+from configs._awd_lstm import awd_lstm_mos
 from configs._common import finish
 from configs.ptb._text import TRAIN_TOKENS, penn_treebank
 
 
 def get_config(argument=""):
-    config = awd_lstm(penn_treebank("lstm", batch_size=12, seq_len=70), TRAIN_TOKENS, epochs=1000)
-    config.model.layer_dims, config.model.embed_dim, config.model.num_softmaxes = (960, 960, 620), 280, 15
-    config.model.embedding_dropout_rate, config.model.dropout_rate, config.model.softmax_dropout_rate = 0.4, 0.225, 0.29
-    config.optimizer.learning_rate = 20.0
+    config = awd_lstm_mos(penn_treebank("lstm", batch_size=12), TRAIN_TOKENS, learning_rate=20.0)
+    config.model.layer_dims, config.model.embed_dim = (960, 960, 620), 280
+    config.model.embedding_dropout_rate, config.model.dropout_rate = 0.4, 0.225
     return finish(config, argument)

@@ -6,14 +6,13 @@ python -m launch.train --config=configs/wikitext2/awd_lstm_mos.py --config.data.
 Not yet run; a GPU's work: 1,000 epochs. The fine-tuning stage is that of configs/ptb/awd_lstm.py, with steps of 20.
 """
 
-from configs._awd_lstm import awd_lstm
+from configs._awd_lstm import awd_lstm_mos
 from configs._common import finish
 from configs.wikitext2._text import TRAIN_TOKENS, wikitext2
 
 
 def get_config(argument=""):
-    config = awd_lstm(wikitext2("lstm", batch_size=15, seq_len=70), TRAIN_TOKENS, epochs=1000)
-    config.model.layer_dims, config.model.embed_dim, config.model.num_softmaxes = (1150, 1150, 650), 300, 15
-    config.model.embedding_dropout_rate, config.model.dropout_rate, config.model.softmax_dropout_rate = 0.55, 0.2, 0.29
-    config.optimizer.learning_rate = 15.0
+    config = awd_lstm_mos(wikitext2("lstm", batch_size=15), TRAIN_TOKENS, learning_rate=15.0)
+    config.model.layer_dims, config.model.embed_dim = (1150, 1150, 650), 300
+    config.model.embedding_dropout_rate, config.model.dropout_rate = 0.55, 0.2
     return finish(config, argument)

@@ -98,7 +98,7 @@ def table(results: Sequence[Result]) -> list[str]:
             f"{floor:.2f}" if floor else "",
             _peer_speed(result, tuned),
             f"{tuned['ratio']['median']:.2f}" if tuned else "",
-            ", ".join(_memory_told(side["memory"]) for side in (result, plain) if side and not _held_jax(side, result)),
+            ", ".join(f"{_memory(side['memory']):,.0f} MiB" for side in (result, plain) if side and not _held_jax(side, result)),
             f"{result['share_of_matmul_peak']:.0%}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -123,10 +123,6 @@ def _peers(result):
 def _held_jax(side, ours):
     """Whether it is a peer whose process held JAX, as all did once: those have a peak from before the model, too."""
     return side is not ours and "host_peak_bytes_before" in side["memory"]
-
-
-def _memory_told(memory):
-    return f"{_memory(memory):,.0f} MiB"
 
 
 def _memory(memory):

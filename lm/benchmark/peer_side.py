@@ -45,9 +45,8 @@ class Batches:
 
     def batch(self, step: int, rows: slice) -> Batch:
         """As of a BatchSource."""
-        place = step % len(self._inputs)
-        resets = self._resets[place] | (place == 0)  # the state of the last does not go on in the first
-        return Batch(self._inputs[place][rows], self._targets[place][rows], resets[rows])
+        place = step % len(self._inputs)  # the first, which begins an epoch, empties the state
+        return Batch(self._inputs[place][rows], self._targets[place][rows], self._resets[place][rows])
 
 
 class Start(NamedTuple):

@@ -124,10 +124,10 @@ class ScanPeer:
         self._batches.close()
 
 
-def start(start: Start, platform: str, compiled: bool) -> ScanPeer:
+def start(given: Start, platform: str, compiled: bool) -> ScanPeer:
     """The peer that `PeerSide` asks for; always compiled."""
     del platform, compiled
-    config, params, batches, _ = start.read()
+    config, params, batches, _ = given.read()
     return ScanPeer(config, params, batches)
 
 

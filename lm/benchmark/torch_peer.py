@@ -333,7 +333,7 @@ def peer(
     return EvaluationPeer(*common, device=device)
 
 
-def start(start: Start, platform: str, compiled: bool) -> TrainingPeer | EvaluationPeer | GeneratingPeer:
+def start(given: Start, platform: str, compiled: bool) -> TrainingPeer | EvaluationPeer | GeneratingPeer:
     """The peer that `PeerSide` asks for.
 
     Raises:
@@ -343,9 +343,9 @@ def start(start: Start, platform: str, compiled: bool) -> TrainingPeer | Evaluat
         import torch  # noqa: F401
     except (ImportError, OSError) as error:
         raise UserError(f"the PyTorch that is installed does not load ({error}); install the extra peers anew") from None
-    config, params, batches, learning_rates = start.read()
+    config, params, batches, learning_rates = given.read()
     device = {"cpu": "cpu", "gpu": "cuda"}[platform]
-    found = peer(start.mode, config, start.vocab_size, params, batches, learning_rates, start.generation, device)
+    found = peer(given.mode, config, given.vocab_size, params, batches, learning_rates, given.generation, device)
     found.compile(compiled)
     return found
 
