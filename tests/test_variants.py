@@ -194,8 +194,9 @@ VARIANTS = {
 @pytest.mark.parametrize("ending", VARIANTS)
 def test_a_variant_has_a_figure_of_its_own_that_says_what_was_done(run, ending):
     variant, plain = VARIANTS[ending], evaluate_run(run, "valid")
-    with refused("test is not for choosing", "--split=valid"):
-        evaluate_run(run, "test", variant=variant)
+    for text in (None, f"{run.config.data.path}/test.txt"):  # by its file as well
+        with refused("test is not for choosing", "--split=valid"):
+            evaluate_run(run, "test", text, variant=variant)
     found = evaluate_run(run, "valid", variant=variant)
     assert found["name"] == f"valid.{ending}" and found["loss"] != plain["loss"] and found["tokens"] == plain["tokens"]
     protocol = json.loads((run.folder.evaluation / f"valid.{ending}.json").read_text())["protocol"]
