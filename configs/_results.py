@@ -97,7 +97,7 @@ _PTB = (
     _row("ptb/transformer_xl", "Transformer-XL", published={"": Published(56.72, 54.52, _DAI_2019)}),
 )
 _WIKITEXT2 = (
-    _row("wikitext2/lstm_200", "LSTM of PyTorch's example, 3 epochs"),
+    _row("wikitext2/lstm_200", "LSTM of PyTorch's example, 3 epochs", peer="word_language_model.json"),
     _melis("wikitext2", 69.1, 65.9),
     *_awd_lstm(
         "wikitext2",
@@ -127,7 +127,13 @@ SECTIONS = (
         "published",
         _PTB,
     ),
-    Section("Published on WikiText-2", "33,278 words, 245,569 tokens of test.", "published", _WIKITEXT2),
+    Section(
+        "Published on WikiText-2",
+        "33,278 words, 245,569 tokens of test. The first stands beside the example itself, for as many epochs:\n"
+        "`python -m launch.word_language_model --data_path=/path/to/wikitext-2 --epochs=3 --json=PATH`.",
+        "published",
+        _WIKITEXT2,
+    ),
     Section(
         "Characters of the Penn Treebank",
         "The same text by characters, `<unk>` and `N` spelt out, each line ending in a newline; 449,945 characters of test.",

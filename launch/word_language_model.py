@@ -4,8 +4,6 @@ The recurrent models of the example word_language_model, its training and its de
 epoch that was best on valid, as the example scores it and over every token, as launch.evaluate does. Needs the extra `peers`.
 """
 
-import datetime
-
 from absl import flags
 
 from launch import command
@@ -24,6 +22,7 @@ def main(overrides):
     if not FLAGS.data_path:
         raise UserError("--data_path is missing: give a folder with train, valid and test, such as --data_path=data/ptb")
     from lm.benchmark.word_language_model import Settings, train
+    from lm.runs.folder import environment
 
     line = "epoch {epoch:2d}  learning rate {learning_rate:<8.4g} valid perplexity {valid_perplexity:7.2f}  {seconds:6.0f} s"
     given = {name: FLAGS[name].value for name in ("model", "epochs", "lr", "seed") if FLAGS[name].value is not None}
@@ -34,7 +33,8 @@ def main(overrides):
             **result
         )
     )
-    return {**result, "date": datetime.date.today().isoformat()}
+    machine = environment()
+    return {**result, "hardware": machine["hardware"], "date": machine["date"]}
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from configs._common import steps_of
 from configs.ptb._text import TRAIN_TOKENS
 from launch.command import load_config
 from lm.config import resolve
-from lm.files import read_json
+from lm.files import read_json, write_json
 from lm.models.build import count_params, solve_widths
-from lm.reporting.results import NOT_YET_RUN, read_kept
+from lm.reporting.results import NOT_YET_RUN, Row, Section, read_kept, write_page
 
 KEPT = ROOT / "lm" / "reporting" / "results"
 ROWS = {row.path: row for section in registry.SECTIONS for row in section.rows}
@@ -158,6 +158,20 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path):
     kept = folder / "a" / "lstm" / "seed_0"
     assert not [file for file in kept.rglob("*") if file.suffix == ".npz"]
     assert read_json(kept / "evaluation" / "test.json", "")["text"] == "test.txt"
+
+
+def test_a_peer_stands_where_a_paper_does(tmp_path):
+    row = Row("a/lstm", "LSTM", "lstm.py", peer="peer.json")
+
+    def line():
+        page = write_page(tmp_path, "", [Section("Peers", "", "published", (row,))], {})
+        return next(line for line in page.read_text().splitlines() if line.startswith("| LSTM | "))
+
+    (tmp_path / "a" / "lstm").mkdir(parents=True)
+    assert "(PyTorch's example" not in line()
+    peer = {"perplexity": 140.118, "seconds": 1860.2, "hardware": "A processor, 2 cores", "date": "2026-11-28 02:00 UTC"}
+    write_json(tmp_path / "a" / "lstm" / "peer.json", peer)
+    assert "| – / 140.12 (PyTorch's example, 31 min 00 s; A processor, 2 cores, 2026-11-28) | not yet run |" in line()
 
 
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path):

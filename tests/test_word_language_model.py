@@ -82,3 +82,4 @@ def test_the_verb_prints_a_line_an_epoch_and_both_figures(tmp_path):
         done.stdout.count("epoch ") == 2 and f"{result['perplexity']:.2f} of all {result['num_scored']:,} tokens" in done.stdout
     )
     assert result["model"] == "RNN_TANH" and result["num_threads"] == 1
+    assert "core" in result["hardware"] and result["date"].endswith(" UTC")

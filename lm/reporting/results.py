@@ -22,7 +22,7 @@ NOT_YET_RUN = "not yet run"
 
 
 class Published(typing.NamedTuple):
-    """Figures of a paper, in the section's measure."""
+    """Figures of a paper or of a peer, in the section's measure."""
 
     valid: float | None
     test: float | None
@@ -41,6 +41,7 @@ class Row:
       published: by way of scoring: "" as trained, "last epoch", "dynamic", "cache", "dropout_samples".
       variants: further ways of scoring (lm.evaluation.variants.Variant), whose settings are a paper's or were chosen on valid.
       last_epoch: whether the paper reports its last epoch, which is then scored beside the best on valid.
+      peer: a file in the folder at `path`, as launch.word_language_model --json writes it; it stands where a paper does.
     """
 
     path: str
@@ -51,6 +52,7 @@ class Row:
     published: Mapping[str, Published] = dataclasses.field(default_factory=dict)
     variants: tuple[Any, ...] = ()
     last_epoch: bool = False
+    peer: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,7 @@ def write_page(
     """
     lines = ["# Results", "", *opening.splitlines(), ""]
     for section in sections:
+        section = dataclasses.replace(section, rows=tuple(_beside_peer(folder, row) for row in section.rows))
         found = {
             row.path: tuple(dataclasses.replace(run, name=row.name) for run in runs.get(row.path, ())) for row in section.rows
         }
@@ -139,6 +142,16 @@ def write_page(
             lines += [f"![Valid perplexity against tokens seen and against training time]({plot})", ""]
     write_atomically(folder / "README.md", "\n".join(lines).rstrip() + "\n")
     return folder / "README.md"
+
+
+def _beside_peer(folder, row):
+    """The row with its peer's figure, if that is there. Its quick look at valid has a protocol of its own and stays out."""
+    path = folder / row.path / row.peer
+    if not row.peer or not path.exists():
+        return row
+    peer = read_json(path, "")
+    said = f"PyTorch's example, {duration(peer['seconds'])}; {place(peer)}, {peer['date'][:10]}"
+    return dataclasses.replace(row, published={"": Published(None, round(peer["perplexity"], 2), said)})
 
 
 class _Way(typing.NamedTuple):
