@@ -30,12 +30,12 @@ def test_every_measurement_of_a_suite_is_one_of_its_own(suite, monkeypatch):
             assert config.data.seq_len == measurement.value and config.data.seq_len * config.data.batch_size == 8192
 
 
-def result(number, name, model, speed, against=None, floor=None, mode="train", axis=None, value=None):
+def result(number, name, model, speed, against=None, target=None, mode="train", axis=None, value=None):
     """As much of a measurement's file as the page reads."""
     memory = {"host_peak_bytes": (500 + number) * 2**20, "host_peak_bytes_before": 1, "device_peak_bytes": None}
     where = {"hardware": "Abacus, 2 cores", "python": "3.11", "jax": "0.10", "date": f"2026-01-0{number + 1}"}
     return {
-        "measurement": {"number": number, "name": f"{mode}: {name}", "floor": floor, "axis": axis, "value": value},
+        "measurement": {"number": number, "name": f"{mode}: {name}", "target": target, "axis": axis, "value": value},
         "mode": mode,
         "model": model,
         "tokens_per_second": {"median": speed},
@@ -77,8 +77,8 @@ def test_the_page_says_what_the_files_say(tmp_path):
     scanned = result(9, "GRU", "gru", 1_550, {"name": "scan", "allocators": {"system": peer(500, 3.1, compiled=True)}}, 3.0)
     suite = [*(found["measurement"] | {"mode": found["mode"]} for found in results)]
     suite += [
-        {"name": "generate: LSTM", "mode": "generate", "axis": None, "floor": 3.0},
-        {"name": "batch size 4: gru", "mode": "train", "axis": "batch size", "floor": None},
+        {"name": "generate: LSTM", "mode": "generate", "axis": None, "target": 3.0},
+        {"name": "batch size 4: gru", "mode": "train", "axis": "batch size", "target": None},
     ]
     assert "| GRU | 1,550 | 500 (lax.scan) | **3.10** | 3.00 |  |  | 509 MiB, 700 MiB | 42% |" in page.table([scanned])
     former = result(9, "GRU", "gru", 1_550, {"name": "torch", "allocators": {"system": peer(500, 3.1, formerly=True)}}, 3.0)

@@ -14,7 +14,7 @@ class Measurement:
       name: of its result; unique within the suite.
       config, overrides: as on the command line.
       mode, vocab_size, num_samples, rounds, against: as the flags.
-      floor: the ratio to the peer that is asked for; None: none is.
+      target: the ratio to the peer that is asked for; None: none is.
       num_emulated: CPU devices to emulate; None: those there are.
       axis, value: of a curve, what is varied and how far.
     """
@@ -27,7 +27,7 @@ class Measurement:
     num_samples: int = 1
     rounds: int = 5
     against: str | None = None
-    floor: float | None = None
+    target: float | None = None
     num_emulated: int | None = None
     axis: str | None = None
     value: int | None = None
@@ -39,7 +39,7 @@ def _shape(**values):
 
 
 _SMALL = _shape(model__hidden_dim=200, data__batch_size=20, data__seq_len=20)
-_ROWS = (  # name, config, overrides, vocabulary, floor of training
+_ROWS = (  # name, config, overrides, vocabulary, target of training
     ("LSTM 2 × 200", "lstm", _SMALL, None, 1.8),
     ("LSTM 2 × 650", "lstm", (), None, 1.2),
     ("RNN 2 × 650", "rnn", (), None, 1.8),
@@ -53,7 +53,7 @@ def cpu() -> list[Measurement]:
     """Against PyTorch on a CPU: training and evaluation of six shapes, generation of each architecture."""
     found = []
     for mode in ("train", "evaluate"):
-        for name, config, overrides, vocab_size, floor in _ROWS:
+        for name, config, overrides, vocab_size, target in _ROWS:
             found.append(
                 Measurement(
                     f"{mode}: {name}",
@@ -62,7 +62,7 @@ def cpu() -> list[Measurement]:
                     mode,
                     vocab_size,
                     against="torch",
-                    floor=floor if mode == "train" else 1.3,
+                    target=target if mode == "train" else 1.3,
                 )
             )
     for name, config, overrides, vocab_size, _ in _ROWS[1:-1]:
@@ -76,7 +76,7 @@ def cpu() -> list[Measurement]:
                     vocab_size,
                     num_samples,
                     against="torch",
-                    floor=3.0,
+                    target=3.0,
                 )
             )
     return found
@@ -104,8 +104,8 @@ def gpu() -> list[Measurement]:
         ("AWD-LSTM, 80 × 70", "awd_lstm", one, None, "torch", 1.5),
     )
     return [
-        Measurement(f"train: {name}", f"{FOLDER}/{config}.py", overrides, "train", vocab_size, 1, 3, against, floor)
-        for name, config, overrides, vocab_size, against, floor in rows
+        Measurement(f"train: {name}", f"{FOLDER}/{config}.py", overrides, "train", vocab_size, 1, 3, against, target)
+        for name, config, overrides, vocab_size, against, target in rows
     ]
 
 
