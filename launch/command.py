@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from launch import guard
-from lm.config import Config, Section, unknown_field
+from lm.config import Config, Section, left_open, unknown_field
 from lm.errors import Preempted, UserError
 from lm.files import check_writable, write_json
 
@@ -198,7 +198,9 @@ def _check_field(dotted):
 def _help(document, takes_config):
     lines = [document.strip(), "", "Flags:"]
     for flag in flags.FLAGS.get_key_flags_for_module(sys.modules["__main__"]):
-        lines.append(_entry(f"--{flag.name}={'true|false' if flag.boolean else '…'}", flag.help, flag.default))
+        lines.append(
+            _entry(f"--{flag.name}={'true|false' if flag.boolean else '…'}", flag.help, None if flag.boolean else flag.default)
+        )
     lines.append(_entry("--json=…", flags.FLAGS["json"].help, None))
     if takes_config:
         lines += ["", "Any field of the config can be overridden, as in --config.model.hidden_dim=650; `none` leaves it open:"]
@@ -207,7 +209,7 @@ def _help(document, takes_config):
 
 
 def _entry(name, meaning, default):
-    shown = "" if default in (None, "", False) else f" [{default}]"
+    shown = "" if default in (None, "") else f" [{default}]"
     return textwrap.fill(f"{name:<36} {meaning}{shown}", 120, initial_indent="  ", subsequent_indent=" " * 39)
 
 
@@ -221,7 +223,18 @@ def _fields(section, prefix):
             if isinstance(choices, dict):
                 choices = tuple(name for names in choices.values() for name in names)
             options = f" ({', '.join(choices)})" if choices else ""
-            yield _entry(f"{prefix}{field.name}", field.metadata["meaning"] + options, value)
+            shown = _by_value(left_open(type(section)._section, field.name)) if value is None else value
+            yield _entry(f"{prefix}{field.name}", field.metadata["meaning"] + options, shown)
+
+
+def _by_value(defaults):
+    """What stands for a field that is left open: one value for all, or each with what it is for; None: nothing."""
+    names = {}
+    for name, value in defaults.items():
+        names.setdefault(value, []).append(name)
+    if len(names) <= 1:
+        return next(iter(names), None)
+    return "; ".join(f"{', '.join(names[value])}: {value}" for value in names if value is not None)
 
 
 class ProgressBar:

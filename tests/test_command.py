@@ -179,6 +179,7 @@ def test_help_is_there_at_once_and_mentions_every_flag(verb):
         assert re.search(rf"^  --{flag}=\S+\s+\S", done.stdout, re.MULTILINE), flag
     assert f"python -m launch.{verb}" in done.stdout
     if "takes_config=True" in source:
+        assert "counted [subword: 1000]" in re.sub(r"\s+", " ", done.stdout)  # what a field that is left open becomes
         for section in [Config(), *(value for value in vars(Config()).values() if isinstance(value, Section))]:
             for name, value in vars(section).items():
                 dotted = f"{type(section)._section}.{name}".lstrip(".")

@@ -16,6 +16,7 @@ from lm.config import (
     differences,
     from_json,
     given_fields,
+    left_open,
     load_resolved,
     recording,
     replaced,
@@ -217,7 +218,7 @@ def test_resolve_fills_what_is_left_open(fields, filled):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_architecture_gets_its_own_fields_and_no_others(architecture):
     config = resolve(made(model__architecture=architecture, data__order="windows"))
-    left_open = {
+    without_default = {
         "num_params",
         "hidden_dim",
         "layer_dims",
@@ -233,8 +234,9 @@ def test_an_architecture_gets_its_own_fields_and_no_others(architecture):
         only, value = field.metadata["only"], getattr(config.model, field.name)
         if only and architecture not in only:
             assert value is None, field.name
-        elif field.name not in left_open and not (field.name == "activation" and architecture in ("gru", "lstm")):
+        elif field.name not in without_default and not (field.name == "activation" and architecture in ("gru", "lstm")):
             assert value is not None, field.name
+        assert left_open("model", field.name).get(architecture, value) == value  # what --help says
 
 
 def test_a_resolved_config_is_frozen_compared_by_value_and_hashable():

@@ -20,7 +20,9 @@ class ModelConfig(Section):
         None, "budget of parameters, embeddings and output counted; the width is solved from it", at_least=1, only=NEURAL
     )
     num_layers: int | None = setting(None, "number of layers", at_least=1, only=NEURAL)
-    hidden_dim: int | None = setting(None, "width of every recurrent layer, or of the Transformer", at_least=1, only=NEURAL)
+    hidden_dim: int | None = setting(
+        None, "width of every recurrent layer, or of the Transformer; by default 256", at_least=1, only=NEURAL
+    )
     layer_dims: tuple[int, ...] | None = setting(None, "width of each recurrent layer, one by one", at_least=1, only=RECURRENT)
     skip_connections: bool | None = setting(
         None, "whether the output is the sum of what all layers put out, which are then of one width", only=RECURRENT
@@ -57,12 +59,17 @@ class ModelConfig(Section):
     num_heads: int | None = setting(
         None, "attention heads, or those of an mLSTM; they divide hidden_dim", at_least=1, only=("transformer", "mlstm")
     )
-    mlp_dim: int | None = setting(None, "width of the feed-forward layer", at_least=1, only=("transformer",))
+    mlp_dim: int | None = setting(
+        None,
+        "width of the feed-forward layer; by default 4 hidden_dim, or 8/3 of it for swiglu",
+        at_least=1,
+        only=("transformer",),
+    )
     positions: str | None = setting(
         None, "how positions are told apart", choices=("learned", "sinusoidal", "rotary", "relative"), only=("transformer",)
     )
     max_positions: int | None = setting(
-        None, "rows of the table of learned positions, in tokens", at_least=1, only=("transformer",)
+        None, "rows of the table of learned positions, in tokens; by default 1024", at_least=1, only=("transformer",)
     )
     attention_window: int | None = setting(
         None, "positions a token may see, itself included; None: all of its text", at_least=1, only=("transformer",)
@@ -208,7 +215,7 @@ class OptimizerConfig(Section):
         "update rule",
         choices=("sgd", "momentum", "rmsprop", "adam", "adamw", "adafactor", "lion", "muon"),
     )
-    learning_rate: float = setting(1e-3, "peak step size", above=0)
+    learning_rate: float = setting(1e-3, "peak learning rate", above=0)
     schedule: str = setting(
         "constant",
         "how the learning rate changes after warm-up",
@@ -233,7 +240,7 @@ class OptimizerConfig(Section):
     b1: float | None = setting(None, "adam, adamw, lion, muon's adam: decay of the first moment", at_least=0, below=1)
     b2: float | None = setting(None, "adam, adamw, lion, muon's adam: decay of the second moment", at_least=0, below=1)
     adam_learning_rate: float | None = setting(
-        None, "muon: peak step size of adam on all that is no matrix; by default learning_rate", above=0
+        None, "muon: peak learning rate of adam on all that is no matrix; by default learning_rate", above=0
     )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 from lm.config.fields import Config, ModelConfig
 from lm.config.section import frozen
@@ -85,6 +86,16 @@ _TRAINING_FIELDS = {
     "averaging_patience": ("averaging", {"stall": 5}),
     "averaging_decay": ("averaging", {"start": None, "stall": None}),
 }
+
+
+def left_open(section: str, field: str) -> dict[str, Any]:
+    """What a field becomes that is left open, by architecture, source, tokenizer or what else it depends on; empty where no
+    table says so."""
+    if section == "model":
+        return {name: defaults[field] for name, defaults in _MODEL_DEFAULTS.items() if field in defaults}
+    tables = {"data": _DATA_FIELDS, "optimizer": _OPTIMIZER_FIELDS, "training": _TRAINING_FIELDS}
+    _, values = tables.get(section, {}).get(field, ("", {}))
+    return values
 
 
 def resolve(draft: Config) -> Config:

@@ -73,7 +73,7 @@ def _is_matrix(params):
 
 
 def _muon(optimizer):
-    """Muon (Jordan et al. 2024) on the matrices; Adam, with a step size of its own, on embeddings, outputs, norms and biases."""
+    """Muon (Jordan et al. 2024) on the matrices; Adam, at a learning rate of its own, on embeddings, outputs, norms, biases."""
 
     def labels(params):
         return jax.tree.map(lambda matrix: "muon" if matrix else "adam", _is_matrix(params))
