@@ -15,8 +15,9 @@ A row is trained and scored, and again after any interruption taken up, by
 
     python -m launch.results --folder=lm/reporting/results --only=ptb/small --workdir=runs/results --data_path=/path/to/ptb
 
-which is `launch.train` with the config of its line and `--config.data.path`, then `launch.evaluate` for valid and test. What is
-kept in the folder is not run again; with another `--folder` it is.
+which is `launch.train` with the config of its line and `--config.data.path`, then `launch.evaluate` for valid and test
+(`init_from` names the row that a row starts from, which is trained before; give launch.train that run's folder). What is kept in
+the folder is not run again; with another `--folder` it is.
 `--only` takes any part of a path, such as `ptb/parts` or `wikitext2/small`."""
 
 
@@ -144,9 +145,12 @@ SECTIONS = (
     Section(
         "Small models of the Penn Treebank on equal terms",
         """\
-Four million parameters each, widths solved from that budget; the same text, 25 epochs, and three trials of two epochs or four
-for a learning rate of its own. What the recipes share and where they differ stands in `configs/_small.py`. The last column is
-the step of the best checkpoint; tokens seen and time are those of the whole training, the speed its median.""",
+Four million parameters each, widths solved from that budget; the same text and 25 epochs. Each had three trials of two epochs
+on valid, the RNN four, of which the heads of the configs tell; what the recipes share and where they differ stands in
+`configs/_small.py`: the RNN has neither weight drop nor AR and TAR, with which it learns next to nothing. The GRU's learning
+rate, the best of its trials, proved too high for 25 epochs, so its figure says little about GRUs. The last column is the step of
+the best checkpoint; tokens seen and time are those of the whole training, the speed its median. GRU, LSTM and Transformer had
+some other work beside them and the RNN had none, so speeds, and what was reached in equal time, are rough.""",
         "equal",
         (_row("ptb/small/rnn", "RNN"), _row("ptb/small/gru", "GRU"), _LSTM, _row("ptb/small/transformer", "Transformer")),
     ),

@@ -18,7 +18,7 @@ flags.DEFINE_string("folder", None, "where the small files of finished runs are 
 flags.DEFINE_string("tables", None, "a Python file that lists sections and rows, instead of configs/_results.py")
 flags.DEFINE_string("workdir", None, "train and score what is missing, in folders in here")
 flags.DEFINE_string("only", "", "run only rows whose path contains this, such as ptb/small")
-flags.DEFINE_string("data_path", None, "where the corpus of these rows stands")
+flags.DEFINE_string("data_path", None, "where the corpus of these rows stands, which must all be of one corpus")
 
 
 def main(overrides):
@@ -29,7 +29,7 @@ def main(overrides):
         if FLAGS[name].value and not FLAGS.workdir:
             raise UserError(f"--{name} is set without --workdir, where rows are trained; give that too, or leave it out")
     from lm.files import check_writable
-    from lm.reporting.results import keep, read_kept, run_path, write_page
+    from lm.reporting.results import read_kept, write_page
 
     folder = pathlib.Path(FLAGS.folder)
     check_writable(folder / "README.md")
@@ -38,16 +38,17 @@ def main(overrides):
     if not any(FLAGS.only in path for path in rows):
         raise UserError(f"--only={FLAGS.only} is in the path of no row; there are {', '.join(rows)}")
     root, runs = pathlib.Path(__file__).parent.parent, {}
-    for row in rows.values():
-        for seed in row.seeds:
-            draft = command.load_config(str(root / row.config), [*row.overrides, f"--config.seed={seed}"])
-            if FLAGS.workdir and FLAGS.only in row.path and read_kept(folder, row, seed, draft) is None:
-                workdir = run_path(pathlib.Path(FLAGS.workdir), row, seed)
-                _train_and_score(row, draft, workdir)
-                keep(workdir, run_path(folder, row, seed), draft)
-            found = read_kept(folder, row, seed, draft)
-            if found is not None:
-                runs.setdefault(row.path, []).append(found)
+    drafts = [
+        (row, seed, command.load_config(str(root / row.config), [*row.overrides, f"--config.seed={seed}"]))
+        for row in rows.values()
+        for seed in row.seeds
+    ]
+    if FLAGS.workdir:
+        _run_missing([each for each in drafts if FLAGS.only in each[0].path and read_kept(folder, *each) is None], folder)
+    for row, seed, draft in drafts:
+        found = read_kept(folder, row, seed, draft)
+        if found is not None:
+            runs.setdefault(row.path, []).append(found)
     page = write_page(folder, opening, sections, runs)
     left = [path for path in rows if path not in runs]
     print(f"page: {page}; {len(rows) - len(left)} of {len(rows)} rows are there")
@@ -67,6 +68,21 @@ def _tables():
         raise UserError(f"--tables={FLAGS.tables} cannot be read: {error}") from None
     except KeyError as error:
         raise UserError(f"--tables={FLAGS.tables} has no {error.args[0]}; configs/_results.py shows what belongs there") from None
+
+
+def _run_missing(drafts, folder):
+    from lm.reporting.results import keep, run_path
+
+    corpora = sorted({draft.data.path for _, _, draft in drafts})
+    if FLAGS.data_path and len(corpora) > 1:
+        raise UserError(
+            f"--data_path is one corpus, but the rows to run are of {' and '.join(corpora)}; pick those of one with --only, "
+            "such as --only=ptb/"
+        )
+    for row, seed, draft in drafts:
+        workdir = run_path(pathlib.Path(FLAGS.workdir), row, seed)
+        _train_and_score(row, draft, workdir)
+        keep(workdir, run_path(folder, row, seed), draft)
 
 
 def _train_and_score(row, draft, workdir):

@@ -72,6 +72,13 @@ def test_a_kept_run_is_of_the_row_as_it_is_today_and_speaks_of_no_machine(path, 
         assert '"/' not in file.read_text(), file
 
 
+def test_the_kept_page_is_what_the_command_writes(tmp_path):
+    shutil.copytree(KEPT, tmp_path / "results")
+    (done,) = call_verbs([["launch.results", f"--folder={tmp_path / 'results'}"]], tmp_path / "said")
+    assert done.code == 0, done.err
+    assert (tmp_path / "results" / "README.md").read_text() == (KEPT / "README.md").read_text()
+
+
 TABLES = """
 from lm.evaluation.variants import Dynamic, Variant
 from lm.reporting.results import Published, Row, Section
@@ -181,6 +188,7 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
         "--folder is missing": [],
         "--only=nothing is in the path of no row; there are ptb/": [folder, "--only=nothing", f"--workdir={tmp_path / 'runs'}"],
         "--only is set without --workdir": [folder, "--only=ptb"],
+        "the rows to run are of data/ptb and data/wikitext-2; pick": [folder, f"--workdir={tmp_path / 'runs'}", "--data_path=x"],
         "empty.py has no SECTIONS; configs/_results.py shows": [folder, f"--tables={tmp_path / 'empty.py'}"],
         "absent.py cannot be read": [folder, f"--tables={tmp_path / 'absent.py'}"],
     }
