@@ -3,8 +3,8 @@
 Every token of the split (or of any text, with --text) is scored once, in order; the figure is written to the run's folder with
 the protocol it was taken under. Test is scored once: asked again, the stored figure is given.
 
-Variants, whose settings are chosen on valid: --dynamic=rms (dynamic evaluation), --cache_window=500 (neural cache),
---dropout_samples=100 (probabilities averaged over dropout) and --temperature.
+Variants: --dynamic=rms (dynamic evaluation), --cache_window=500 (neural cache), --dropout_samples=100 (probabilities averaged
+over dropout) and --temperature. Their settings are chosen on valid: test is scored so only after valid was.
 """
 
 from absl import flags
@@ -23,7 +23,7 @@ flags.DEFINE_integer("stride", None, "tokens scored in each window after the fir
 flags.DEFINE_float("temperature", 1.0, "divides the logits")
 flags.DEFINE_integer("dropout_samples", None, "average the probabilities of so many passes with dropout on")
 flags.DEFINE_enum("dynamic", None, ["rms", "sgd"], "after each few tokens, let the parameters take a step along their gradient")
-flags.DEFINE_float("dynamic_learning_rate", None, "length of such a step [0.00005, for rms]")
+flags.DEFINE_float("dynamic_learning_rate", None, "factor on that gradient [0.00005, which is for rms; sgd takes about 0.3]")
 flags.DEFINE_float("dynamic_decay", None, "how far back to the trained parameters each step goes [0.002]")
 flags.DEFINE_float("dynamic_epsilon", None, "added to the gradients' root mean square in --dynamic=rms [0.00002]")
 flags.DEFINE_integer("dynamic_segment", None, "tokens between two steps [5]")

@@ -4,7 +4,7 @@ Run the same command again after any interruption and it goes on from the last c
 tokenizer, metrics.jsonl, TensorBoard events and the best and latest checkpoints. Score the result with launch.evaluate.
 
 Several hosts train one model together: start the same command on each, with a workdir that all see. Under SLURM, on Cloud TPU
-and on GKE the hosts find each other; elsewhere the last three flags below name them.
+and on GKE the hosts find each other; elsewhere --coordinator_address, --num_processes and --process_id tell.
 """
 
 import dataclasses

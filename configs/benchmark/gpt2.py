@@ -1,4 +1,5 @@
-"""The speed of GPT-2's smallest shape (Radford et al. 2019): 12 × 768, 12 heads, 1,024 positions, 124 million parameters.
+"""The speed of GPT-2's smallest shape (Radford et al. 2019): 12 × 768, 12 heads, 1,024 positions; with the vocabulary of
+50,257 that is named below, 124 million parameters.
 
 python -m launch.benchmark --config=configs/benchmark/gpt2.py --vocab_size=50257 --against=torch
 """

@@ -5,7 +5,7 @@ python -m launch.train --config=configs/ptb/awd_lstm.py --config.data.path=/path
 
 Not yet run; a GPU's work: 500 epochs. The fine-tuning stage is the same once more from the best parameters, averaged from the
 start: --config.training.init_from=runs/awd_lstm --config.training.averaging=start --config.training.early_stopping=5, and
-another --workdir. launch.results --only=ptb/awd_lstm does one after the other.
+another --workdir. launch.results has both as rows, ptb/awd_lstm and ptb/awd_lstm_tuned.
 """
 
 from configs._awd_lstm import awd_lstm

@@ -3,7 +3,7 @@
 
 python -m launch.train --config=configs/ptb/awd_lstm_mos.py --config.data.path=/path/to/ptb --workdir=runs/awd_lstm_mos
 
-Not yet run; a GPU's work: 1,000 epochs. The fine-tuning stage is that of configs/ptb/awd_lstm.py, with steps of 25.
+Not yet run; a GPU's work: 1,000 epochs. The fine-tuning stage is that of configs/ptb/awd_lstm.py, with a learning rate of 25.
 """
 
 from configs._awd_lstm import awd_lstm_mos

@@ -1,6 +1,6 @@
 """GRU on tiny Shakespeare, its state carried through the text.
 
-python -m launch.train --config=configs/shakespeare/gru.py --config.data.path=/path/to/input.txt --workdir=runs/gru
+python -m launch.train --config=configs/shakespeare/gru.py --config.data.path=/path/to/input.txt --workdir=runs/shakespeare_gru
 
 Valid loss 1.538 nats per character after 2 min 34 s on two CPU cores (2026-11-24, Intel Xeon, JAX 0.10.2, seed 0).
 """

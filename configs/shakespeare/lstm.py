@@ -1,6 +1,6 @@
 """LSTM on tiny Shakespeare, its state carried through the text.
 
-python -m launch.train --config=configs/shakespeare/lstm.py --config.data.path=/path/to/input.txt --workdir=runs/lstm
+python -m launch.train --config=configs/shakespeare/lstm.py --config.data.path=/path/to/input.txt --workdir=runs/shakespeare_lstm
 
 Valid loss 1.457 nats per character after 2 min 17 s on two CPU cores (2026-11-24, Intel Xeon, JAX 0.10.2, seed 0).
 """

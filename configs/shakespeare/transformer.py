@@ -1,6 +1,7 @@
 """Transformer on tiny Shakespeare, scored in windows of 64 characters that each start empty.
 
-python -m launch.train --config=configs/shakespeare/transformer.py --config.data.path=/path/to/input.txt --workdir=runs/char
+python -m launch.train --config=configs/shakespeare/transformer.py --config.data.path=/path/to/input.txt \
+    --workdir=runs/shakespeare_transformer
 
 Valid loss 1.534 nats per character after 2 min 36 s on two CPU cores (2026-11-24, Intel Xeon, JAX 0.10.2, seed 0).
 """

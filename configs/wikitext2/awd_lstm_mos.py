@@ -3,7 +3,7 @@
 
 python -m launch.train --config=configs/wikitext2/awd_lstm_mos.py --config.data.path=/path/to/wikitext-2 --workdir=runs/wt2_mos
 
-Not yet run; a GPU's work: 1,000 epochs. The fine-tuning stage is that of configs/ptb/awd_lstm.py, with steps of 20.
+Not yet run; a GPU's work: 1,000 epochs. The fine-tuning stage is that of configs/ptb/awd_lstm.py, with a learning rate of 20.
 """
 
 from configs._awd_lstm import awd_lstm_mos

@@ -6,7 +6,7 @@ Perplexity valid 110.08, test 103.46. 3,491 s on two cores of an Intel Xeon with
 JAX 0.10.2, seed 0).
 
 Of three trials of two epochs this had the lowest perplexity on valid, 147.52; 0.006 had 152.90 and 0.003 had 194.46. For 25
-epochs the step is too long: valid stands between 187 and 222 for six of them, and train still has 89 at the end.
+epochs that is too high: valid stands between 187 and 222 for six of them, and train still has 89 at the end.
 """
 
 from configs._common import finish
