@@ -121,6 +121,23 @@ def test_a_damaged_copy_is_made_again(how, tmp_path):
     np.testing.assert_array_equal(np.fromfile(folder / "tokens.bin", np.uint16), expected)
 
 
+def test_a_copy_that_another_process_has_just_finished_stays(tmp_path, monkeypatch):
+    split, make = open_text("abba\n"), corpus.token_ids
+
+    def overtaken(split, tokenizer):
+        monkeypatch.setattr(corpus, "token_ids", make)
+        tokenise(split, tokenizer, tmp_path)
+        (theirs,) = tmp_path.glob("tokens-*/tokens.bin")
+        written.append(theirs.stat())
+        return make(split, tokenizer)
+
+    written = []
+    monkeypatch.setattr(corpus, "token_ids", overtaken)
+    assert len(tokenise(split, CHAR, tmp_path).tokens) == 5
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "tokens.bin").stat().st_ino == written[0].st_ino
+
+
 def test_something_else_in_the_place_of_a_copy(tmp_path):
     tokenise(open_text("abba\n"), CHAR, tmp_path)
     (folder,) = tmp_path.iterdir()

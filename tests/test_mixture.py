@@ -7,7 +7,7 @@ import pytest
 from helpers import changed, corpus_of, draft, refused, write_corpus
 
 from lm.config import Config, resolve
-from lm.data import prepare
+from lm.data import prepare, sources
 from lm.data.batches import MixedStreams, MixedWindows, Packed, Padded, Stream, Windows, batches, whole_shares
 from lm.data.prepare import Job
 from lm.training.train import train
@@ -137,6 +137,7 @@ def test_shares_too_small_are_refused():
         ({"mixture": ("a",), "mixture_weights": (1 / 3, 1 / 3, 1 / 3)}, ("must be 2 shares that add up to 1",)),
         ({"mixture": ("a",), "mixture_weights": (0.5, 0.4)}, ("must be 2 shares that add up to 1",)),
         ({"mixture": ("a",), "mixture_weights": (1.0, 0.0)}, ("config.data.mixture_weights",)),
+        ({"mixture": ("a", "./a"), "mixture_weights": (0.5, 0.25, 0.25)}, ("names a folder twice",)),
     ],
 )
 def test_settings_that_do_not_fit(fields, parts):
@@ -188,6 +189,14 @@ def test_training_on_a_mixture_resumes_and_counts(order, others, tmp_path):
     other = {**settings, "data__mixture": mixture[::-1]}
     with refused("holds another experiment", "mixture"):
         train(draft(own, **other, training__num_steps=8), str(tmp_path / "whole"))
+
+
+def test_folders_of_one_name_are_told_apart(others, tmp_path, monkeypatch):
+    _, folder = others
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").symlink_to(folder / "wiki")  # named as the config's source is
+    data = changed(Config(), data__source="text", data__mixture=("text", str(folder / "books"))).data
+    assert list(sources.mixture(data)) == [str(tmp_path / "text"), str(folder / "books")]
 
 
 def test_a_mixture_of_another_tokenizer_is_refused(others, tmp_path):

@@ -226,6 +226,24 @@ def test_what_is_damaged_is_made_again_and_nothing_else(how, tmp_path, here):
     assert victim.stat().st_mtime_ns != victim_before
 
 
+def test_another_text_needs_another_folder_or_the_old_tokenizer_by_name(tmp_path, here):
+    text = write_corpus(tmp_path / "text")
+    config, folder = draft(text), tmp_path / "prepared"
+    prepare(config, folder, Job(), shard_bytes=2000)
+    (text / "train.txt").write_text("ß" + (text / "train.txt").read_text())
+    with refused(f"{folder} was begun with another train text", "another --folder", f"--tokenizer={folder / 'tokenizer.json'}"):
+        prepare(config, folder, Job(), shard_bytes=2000)
+    given = folder / "tokenizer.json"
+    first = prepare(config, folder, Job(num_processes=2), shard_bytes=2000, tokenizer=given)
+    assert first.missing > 0 and not shards.manifest_path(folder).exists()  # half of the shards are of the old text
+    assert prepare(config, folder, Job(num_processes=2, process_id=1), shard_bytes=2000, tokenizer=given).missing == 0
+    found, _ = shards.read(folder, "prepared")
+    split = sources.load(resolve(config).data)["train"]
+    expected = corpus.tokenise(split, tokenizers.load(given), tmp_path)
+    np.testing.assert_array_equal(np.asarray(found["train"].tokens()), expected.tokens)
+    assert found["train"].facts["sha256"] == split.size.sha256
+
+
 def test_bad_input_is_one_sentence(tmp_path, here):
     text = write_corpus(tmp_path / "text")
     config, folder = draft(text), tmp_path / "prepared"

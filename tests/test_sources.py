@@ -210,6 +210,17 @@ def test_a_bad_text_is_named_with_what_to_do(name, tmp_path):
             whole(split)
 
 
+def test_what_cannot_be_read_is_a_sentence_or_passed_over(tmp_path, monkeypatch):
+    assert list(sources._docstrings(tmp_path / "a link to nowhere.py")) == []
+
+    def closed(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", closed)
+    with refused(f"config.data.path '{tmp_path}' cannot be read: Permission denied"):
+        sources.load(text_config(tmp_path))
+
+
 def test_a_path_that_is_not_there_or_holds_no_splits(tmp_path):
     with refused(f"config.data.path '{tmp_path / 'nowhere'}' does not exist", "give a folder"):
         sources.load(text_config(tmp_path / "nowhere"))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from typing import Any
 
 from lm.config.fields import Config, ModelConfig
@@ -298,6 +299,10 @@ def _resolve_mixture(data):
         raise UserError("config.data.mixture and config.data.mixture_weights belong together; set both, or none")
     if data.mixture is None:
         return
+    if len({os.path.abspath(folder) for folder in data.mixture}) < len(data.mixture):
+        raise UserError(
+            f"config.data.mixture is {data.mixture}, which names a folder twice; name it once, with the sum of its weights"
+        )
     if len(data.mixture_weights) != len(data.mixture) + 1 or abs(sum(data.mixture_weights) - 1) > 1e-6:
         raise UserError(
             f"config.data.mixture_weights is {data.mixture_weights}, but must be {len(data.mixture) + 1} shares that add up to "

@@ -42,7 +42,7 @@ class Batch:
 
 class BatchSource(Protocol):
     """Attributes: `shapes`, every (B, T) that occurs, one compilation each; `carries`, whether state goes from step to step;
-    `steps_per_epoch` and `tokens_per_step` (padding left out, the mean over an epoch), exact; of a mixture both counts are
+    `steps_per_epoch` and `tokens_per_step` (padding left out, the mean over an epoch), exact; the epochs of a mixture are
     those of its first part."""
 
     shapes: tuple[tuple[int, int], ...]

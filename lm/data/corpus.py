@@ -131,8 +131,9 @@ def _make(split, tokenizer, folder, dtype):
                 os.fsync(file.fileno())
             manifest = {"tokens": count, "dtype": dtype.name, "sha256": digest.hexdigest(), "text": split.name}
             (temporary / "manifest.json").write_text(json.dumps(manifest))
-            shutil.rmtree(folder, ignore_errors=True)  # a damaged copy, or one that another process has just finished
-            os.replace(temporary, folder)
+            if _open(folder, dtype) is None:  # else another process has just finished it, and may be reading it
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:

@@ -84,9 +84,9 @@ def prepare(
     _make_folder(folder)
     splits = sources.load(data)
     made_by = _tokenizer(data, splits["train"], folder, tokenizer, job)
-    _check_settings(
-        folder, {"data": shards.decisive(data), "tokenizer_sha256": tokenizers.sha256(made_by), "shard_bytes": shard_bytes}
-    )
+    settings = {"data": shards.decisive(data), "tokenizer_sha256": tokenizers.sha256(made_by), "shard_bytes": shard_bytes}
+    settings["tokenizer_text_sha256"] = None if tokenizer is not None else _sha256_of_text(splits["train"])
+    _check_settings(folder, settings)
     at_newlines = made_by.ends_lines
     found = {}
     with _Workers(folder / "tokenizer.json", job.num_workers) as workers:
@@ -100,7 +100,7 @@ def prepare(
             )
             for facts in workers.map(tasks):
                 progress(facts["num_bytes"])
-            found[name] = {"sha256": text.sha256(), "num_parts": text.num_parts}
+            found[name] = {"sha256": text.sha256(), "keys": text.keys}
     return _finish(folder, found, made_by)
 
 
@@ -113,17 +113,21 @@ def total_bytes(draft: Config, job: Job) -> int | None:
 
 
 class _Text:
-    """A split cut into parts, each a split of its own; and what is known of the whole once all have been given."""
+    """A split cut into parts, each a split of its own; and what is known of the whole once all have been given.
+
+    Attributes:
+      keys: of the parts so far, each telling a part from another that stood in its place before.
+    """
 
     def __init__(self, split, shard_bytes, at_newlines):
         self._split, self._shard_bytes, self._at_newlines = split, shard_bytes, at_newlines
         self._digest = hashlib.sha256()
-        self.num_parts = 0
+        self.keys: list[str] = []
 
     def parts(self) -> Iterator[tuple[sources.Split, str]]:
-        """Each part, and what tells it from another that stood in its place before."""
+        """Each part with its key."""
         for part, key in self._of_file() if self._split.file else self._of_stream():
-            self.num_parts += 1
+            self.keys.append(key)
             yield part, key
 
     def sha256(self) -> str:
@@ -135,7 +139,7 @@ class _Text:
         status = path.stat()
         for start, stop in cuts(path, self._shard_bytes):
             lines = functools.partial(read_lines, path, start, stop)
-            part = dataclasses.replace(self._split, documents=functools.partial(_one_document, lines), file=None)
+            part = dataclasses.replace(self._split, documents=functools.partial(sources.one_document, lines), file=None)
             yield part, f"{start} to {stop} of {status.st_size} bytes, changed {status.st_mtime_ns}"
 
     def _of_stream(self):
@@ -168,12 +172,13 @@ class _Text:
         return part.hexdigest()
 
 
-def _one_document(lines):
-    yield lines()
-
-
 def _held(documents):
     return documents
+
+
+def _sha256_of_text(split):
+    """As `sources.Split.size` has it, without counting words where the text is a file's bytes."""
+    return sha256_of(split.file) if split.file else split.size.sha256
 
 
 def _tokenizer(data, train, folder, given, job) -> tokenizers.Tokenizer:
@@ -217,6 +222,13 @@ def _check_settings(folder, settings):
         raise UserError(f"{path} is damaged; use another --folder")
     for name, now in [*settings["data"].items(), *((name, value) for name, value in settings.items() if name != "data")]:
         then = begun.get(name) if name in begun else begun["data"].get(name)
+        if name == "tokenizer_text_sha256" and now in (None, then):
+            continue  # a tokenizer that is given, and the same as then, may meet another text
+        if name == "tokenizer_text_sha256":
+            raise UserError(
+                f"{folder} was begun with another train text or with --tokenizer, which decides what its tokens mean; use "
+                f"another --folder, or the same tokenizer again by --tokenizer={folder / 'tokenizer.json'}"
+            )
         if then != now:
             raise UserError(f"{folder} was begun with {name} = {then!r}, but it is {now!r} now; use another --folder")
 
@@ -229,8 +241,8 @@ def _finish(folder, texts, tokenizer) -> Prepared:
     """Writes the manifest if every shard is there."""
     splits, missing = {}, 0
     for name, text in texts.items():
-        paths = [_shard_path(folder, name, number) for number in range(text["num_parts"])]
-        facts = [_facts_of(path) for path in paths]
+        paths = [_shard_path(folder, name, number) for number in range(len(text["keys"]))]
+        facts = [_facts_of(path, key) for path, key in zip(paths, text["keys"], strict=True)]
         missing += facts.count(None)
         if None in facts:
             continue
@@ -257,11 +269,12 @@ def _facts_path(path):
     return path.with_suffix(".json")
 
 
-def _facts_of(path):
-    """What is noted beside a shard; None where nothing sound is."""
+def _facts_of(path, key):
+    """What is noted beside a shard of the part with that key; None where nothing sound is, or of another text."""
     try:
         found = json.loads(_facts_path(path).read_text())
-        return found if {"key", "tokens", "num_bytes", "num_words", "largest", "sha256"} <= set(found) else None
+        sound = {"key", "tokens", "num_bytes", "num_words", "largest", "sha256"} <= set(found)
+        return found if sound and found["key"] == key else None
     except (OSError, ValueError, TypeError):
         return None
 
@@ -285,10 +298,11 @@ def _end_with_parent():
 
 
 def _shard(part, path, key):
-    """Makes a shard, unless it is there and sound; returns its facts."""
-    there = _facts_of(path)
-    if there is not None and there["key"] == key and path.is_file() and sha256_of(path) == there["sha256"]:
+    """Makes a shard, unless it is there and sound; returns its facts. A folder in which one is made is not complete any more."""
+    there = _facts_of(path, key)
+    if there is not None and path.is_file() and sha256_of(path) == there["sha256"]:
         return there
+    shards.manifest_path(path.parent.parent).unlink(missing_ok=True)
     facts = {"key": key, **_write_shard(part, path)}
     write_json(_facts_path(path), facts)
     return facts

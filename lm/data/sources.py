@@ -120,7 +120,7 @@ def mixture(data: DataConfig) -> dict[str, Split]:
     folders = data.mixture or ()
     names = [pathlib.Path(folder).name for folder in folders]
     if len({data.source, *names}) < 1 + len(names):  # then their paths tell them apart
-        names = list(folders)
+        names = [str(pathlib.Path(folder).absolute()) for folder in folders]
     found = {}
     for name, folder in zip(names, folders, strict=True):
         splits, _ = shards.read(folder, "mixture")
@@ -197,8 +197,8 @@ def _python_documents() -> tuple[str, ...]:
 def _docstrings(path: pathlib.Path) -> Iterator[str]:
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
-        return  # some distributions keep templates or fixtures of bad code beside their modules
+    except (SyntaxError, ValueError, OSError):
+        return  # some distributions keep templates or fixtures of bad code beside their modules, or links to nowhere
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             docstring = ast.get_docstring(node)
@@ -227,7 +227,7 @@ def text(data: DataConfig) -> dict[str, Split]:
     return {
         name: Split(
             f"{path} [{low}:{high}]",
-            functools.partial(_one_document, functools.partial(_characters, path, low, high, data.tokenizer == "word")),
+            functools.partial(one_document, functools.partial(_characters, path, low, high, data.tokenizer == "word")),
         )
         for name, low, high in zip(SPLITS, bounds, bounds[1:], strict=False)
     }
@@ -236,16 +236,21 @@ def text(data: DataConfig) -> dict[str, Split]:
 def text_file(path: pathlib.Path) -> Split:
     """One file as one open document: its bytes are its text, and nothing is added at its end."""
     plain = None if path.suffix == ".gz" else path
-    return Split(str(path), functools.partial(_one_document, functools.partial(read_lines, path)), file=plain)
+    return Split(str(path), functools.partial(one_document, functools.partial(read_lines, path)), file=plain)
 
 
-def _one_document(lines: Callable[[], Iterator[str]]) -> Iterator[Iterable[str]]:
+def one_document(lines: Callable[[], Iterator[str]]) -> Iterator[Iterable[str]]:
+    """The documents of a text that is one."""
     yield lines()
 
 
 def _file_of_split(folder: pathlib.Path, split: str) -> pathlib.Path:
     endings = (".txt", ".txt.gz", ".tokens", ".tokens.gz", ".raw", ".raw.gz")
-    found = sorted(p for p in folder.iterdir() if split in p.name.split(".") and (p.name.endswith(endings) or p.name == split))
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"config.data.path {str(folder)!r} cannot be read: {error.strerror}") from None
+    found = [p for p in files if split in p.name.split(".") and (p.name.endswith(endings) or p.name == split)]
     if len(found) != 1:
         what = f"{len(found)} such files: {', '.join(p.name for p in found)}" if found else "none"
         raise UserError(
@@ -293,6 +298,6 @@ def synthetic_text(data: DataConfig) -> dict[str, Split]:
         def nats():
             return (nats for _, nats in synthetic.text(data, name))
 
-        return Split(f"synthetic {data.process}/{name}", functools.partial(_one_document, lines), floor=Floor(nats, entropy_rate))
+        return Split(f"synthetic {data.process}/{name}", functools.partial(one_document, lines), floor=Floor(nats, entropy_rate))
 
     return {name: split(name) for name in SPLITS}
