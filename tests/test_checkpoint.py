@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import refused
 
+from lm.errors import UserError
 from lm.runs import checkpoint
 from lm.runs.checkpoint import Checkpoints, check_like, shapes_of
 
@@ -253,7 +254,7 @@ def test_a_disk_that_is_full_leaves_the_earlier_ones(tmp_path, monkeypatch):
     sealed = {path: path.read_bytes() for step in (1, 2) for path in files(tmp_path, step)}
 
     def full(path, text):
-        raise OSError(28, "No space left on device")
+        raise UserError(f"{path} cannot be written: No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_atomically", full)
@@ -275,6 +276,13 @@ def test_a_disk_that_is_full_leaves_the_earlier_ones(tmp_path, monkeypatch):
             checkpoints.save(3, params_at(3), training_at(3), {"best_step": 1})
             raise RuntimeError("the first error is the one to tell")
     assert save(tmp_path, 3).steps() == [2, 3]
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "2.partial" / "params").mkdir(parents=True)
+    assert save(tmp_path, 3).steps() == [1, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

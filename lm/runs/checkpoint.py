@@ -109,7 +109,7 @@ class Checkpoints:
             if final.exists():
                 shutil.rmtree(final)
             os.replace(partial, final)
-        except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
+        except (OSError, ValueError, UserError) as error:  # tensorstore reports a full disk as a ValueError
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
                 f"the checkpoint of step {step} cannot be written to {self._folder}: {error}; earlier ones are untouched"
@@ -119,6 +119,8 @@ class Checkpoints:
             if old not in keep:
                 (self._folder / str(old) / "manifest.json").unlink(missing_ok=True)  # half-removed, it must not count
                 shutil.rmtree(self._folder / str(old), ignore_errors=True)
+        for left_over in self._folder.glob("*.partial"):  # by a process that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
 
     def damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint, in words; None if every file is as it was written, by a run of this model."""
