@@ -5,6 +5,7 @@ import functools
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -208,6 +209,23 @@ def test_what_is_wrong_in_one_process_is_told_by_all(corpus, tmp_path):
     with RunFolder(tmp_path / "run").locked(), job(path, tmp_path / "run", 2, 2) as processes:
         for code, _, err in ends(processes):
             assert code == 1 and err.startswith(f"launch.train: --workdir {tmp_path / 'run'} is in use by another run")
+
+
+def test_processes_that_read_different_texts_do_not_begin(corpus, tmp_path):
+    """Each has files of its own; a word of train differs, and no size or shape does."""
+    other = shutil.copytree(corpus, tmp_path / "other")
+    text = (other / "train.txt").read_text()
+    (other / "train.txt").write_text(text[::-1])
+    path = config_file(tmp_path / "config.py", config_of(corpus, "lstm"))
+    path.write_text(
+        path.read_text().replace("get_config", "one_config")
+        + "\n\ndef get_config():\n    import sys\n\n    config = one_config()\n"
+        + f"    if '--process_id=1' in sys.argv:\n        config.data.path = {str(other)!r}\n    return config\n"
+    )
+    with job(path, tmp_path / "run", 2, 2) as processes:
+        for code, _, err in ends(processes):
+            assert code == 1 and "the processes of this job do not have the same" in err and "text: give all of them" in err
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,20 @@ def build(tiny, name, **fields):
 def run(optimizer, params, gradients):
     """Parameters after an update with each of the gradients."""
     state, update = optimizer.init(params), jax.jit(optimizer.update)
-    for gradient in gradients:
-        updates, state = update(gradient, state, params, gradient_norm=optax.tree.norm(gradient))
+    for step, gradient in enumerate(gradients):
+        updates, state = update(gradient, state, params, gradient_norm=optax.tree.norm(gradient), step=step)
         params = optax.apply_updates(params, updates)
     return params
+
+
+def test_the_learning_rate_is_that_of_the_step_whatever_was_left_out(tiny):
+    config = tiny("lstm", optimizer__name="sgd", optimizer__clip_norm=None, optimizer__schedule="step")
+    optimizer, schedule = optimizers.build(config, steps_per_epoch=10)
+    gradient = {"x": np.ones(3, np.float32)}
+    for step in (0, 49, 73):  # each the first that the optimiser sees
+        updates, _ = optimizer.update(gradient, optimizer.init(gradient), gradient, gradient_norm=1.0, step=step)
+        np.testing.assert_array_equal(updates["x"], -np.float32(schedule(step)) * gradient["x"])
+    assert schedule(73) < schedule(49) < schedule(0)
 
 
 # --- the rules

@@ -338,6 +338,10 @@ def test_more_steps_go_on_as_if_meant_from_the_start(runs, corpus, tmp_path):
     assert_same_outcome(outcome(runs["lstm"][1]), outcome(tmp_path))
     assert RunFolder(tmp_path).read_config()[0].training.num_steps == 60
 
+    with refused("config.training.num_steps is 59", "has been trained for 60 steps", "at least as many"):
+        train(lstm(corpus, training__num_steps=59), str(tmp_path))
+    assert RunFolder(tmp_path).read_config()[0].training.num_steps == 60
+
     with refused("another experiment", "training.num_steps: 60 then, 70 now"):  # a cosine has seen its end
         train(transformer(corpus, training__num_steps=70), str(runs["transformer"][1]))
 
@@ -509,6 +513,39 @@ def test_starting_from_the_best_parameters_of_another_run(runs, tmp_path):
     with refused(f"{tmp_path / 'nowhere'} holds no run"):
         train(tuned(training__init_from=str(tmp_path / "nowhere")), str(tmp_path / "none"))
     assert config.training.init_from is None
+
+
+def test_speed_is_told_of_the_steps_since_the_checkpoint(corpus, tmp_path):
+    """Of a run that was broken off between two lines."""
+    interrupt(lstm(corpus), tmp_path, at=9)  # saved after step 8, while the last line is of step 6
+    seconds = Checkpoints(tmp_path / "checkpoints").progress(8)["seconds"]
+    interrupt(lstm(corpus), tmp_path, at=10)
+    line = next(line for line in RunFolder(tmp_path).read_metrics() if line["step"] == 9)
+    tokens = line["tokens"] / 9
+    assert line["tokens_per_second"] == pytest.approx(tokens / (line["seconds"] - seconds), rel=0.05)
+
+
+def test_a_tokenizer_without_a_config_is_of_no_run(corpus, tmp_path):
+    """As after a kill between the two."""
+    train(lstm(corpus, training__num_steps=1, data__tokenizer="byte"), str(tmp_path / "bytes"))
+    (tmp_path / "run").mkdir()
+    shutil.copy(tmp_path / "bytes" / "tokenizer.json", tmp_path / "run")
+    train(lstm(corpus, training__num_steps=1), str(tmp_path / "run"))
+    assert open_run(str(tmp_path / "run")).tokenizer.name == "char"
+
+
+def test_an_ngram_that_was_killed_at_its_end_knows_its_size(corpus, tmp_path, monkeypatch):
+    save, config = Checkpoints.save, draft(corpus, "ngram", model__ngram_order=2)
+
+    def save_and_die(*arguments):
+        save(*arguments)
+        raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Checkpoints, "save", save_and_die)
+        train(config, str(tmp_path))
+    train(config, str(tmp_path))
+    assert RunFolder(tmp_path).read_config()[1]["num_params"] > 50
 
 
 def test_an_ngram_is_counted_once(corpus, tmp_path):

@@ -88,7 +88,7 @@ class ScanPeer:
             state = self._empty() if starts or self._state is None else self._state
             key = jax.random.fold_in(self._key, self._num_steps)
             self.params, self._opt_state, self._state = self._step(
-                self.params, self._opt_state, state, inputs_BT, targets_BT, key
+                self.params, self._opt_state, state, inputs_BT, targets_BT, key, self._num_steps
             )
             self._num_steps += 1
         jax.block_until_ready((self.params, self._state))
@@ -98,10 +98,10 @@ class ScanPeer:
         widths = model.layer_dims or (model.hidden_dim,) * model.num_layers
         return [[jnp.zeros((rows, width))] * (2 if model.architecture == "lstm" else 1) for width in widths]
 
-    def _update(self, params, opt_state, state, inputs_BT, targets_BT, key):
+    def _update(self, params, opt_state, state, inputs_BT, targets_BT, key, step):
         (_, after), gradients = jax.value_and_grad(self._loss, has_aux=True)(params, state, inputs_BT, targets_BT, key)
         norm = optax.global_norm(gradients)
-        updates, opt_state = self._optimizer.update(gradients, opt_state, params, gradient_norm=norm)
+        updates, opt_state = self._optimizer.update(gradients, opt_state, params, gradient_norm=norm, step=step)
         return optax.apply_updates(params, updates), opt_state, after
 
     def _loss(self, params, state, inputs_BT, targets_BT, key):

@@ -65,7 +65,7 @@ def run_loop(
     scale = float(controls["learning_rate_scale"])
     state, carry = placement.put_state(state), placement.put_rows(carry)
     tokens_per_step = source.tokens_per_step
-    mark, logged = time.perf_counter(), (start // training.log_every_steps * training.log_every_steps, progress.seconds)
+    mark, logged = time.perf_counter(), (start, progress.seconds)
 
     local_rows = placement.local_rows(config.data.batch_size)
 

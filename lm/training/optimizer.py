@@ -26,8 +26,8 @@ def build(config: Config, steps_per_epoch: int | Fraction) -> tuple[optax.Gradie
       steps_per_epoch: for schedules that count epochs.
 
     Returns:
-      The transformation, whose update takes `gradient_norm` too, and the schedule (step -> learning rate, before the
-      plateau's factor).
+      The transformation, whose update takes `gradient_norm` and `step` too, and the schedule (step -> learning rate, before
+      the plateau's factor).
     """
     optimizer = config.optimizer
     schedule = learning_rate(config, steps_per_epoch)
@@ -37,7 +37,7 @@ def build(config: Config, steps_per_epoch: int | Fraction) -> tuple[optax.Gradie
             _clip(optimizer),
             _RULES[optimizer.name](optimizer),
             optax.add_decayed_weights(optimizer.weight_decay, mask=decayed) if optimizer.weight_decay else optax.identity(),
-            optax.scale_by_learning_rate(schedule),
+            _scale_by_schedule(schedule),
         ),
         schedule,
     )
@@ -56,6 +56,17 @@ def _clip_by_norm(limit):
         del params, others
         scale = jnp.minimum(1.0, limit / gradient_norm)
         return jax.tree.map(lambda u: u * scale, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _scale_by_schedule(schedule):
+    """The learning rate of a step that is given to it: those that were left out count, as they do in what is logged."""
+
+    def update(updates, state, params=None, *, step, **others):
+        del params, others
+        rate = schedule(step)
+        return jax.tree.map(lambda u: -rate * u, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 

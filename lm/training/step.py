@@ -26,7 +26,7 @@ class TrainState:
     """All of a training run that holds no rows.
 
     Attributes:
-      step: int32, updates done.
+      step: int32, steps done, those that were left out too.
       params: float32 parameters.
       opt_state: optax's.
       controls: scalars that the loop decides, see lm.training.controls.
@@ -150,7 +150,7 @@ def train_step(
     gradient_norm = optax.global_norm(gradients) / weight  # handed on, so that nothing needs the divided gradients but the update
     gradients = jax.tree.map(lambda g: g / weight, gradients)
 
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, gradient_norm=gradient_norm)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, gradient_norm=gradient_norm, step=state.step)
     scale = state.controls["learning_rate_scale"]
     if full_weight is not None:
         scale *= sums["weight"] / full_weight

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import time
 from typing import Any
 
@@ -30,6 +31,8 @@ from lm.training.loop import run_loop
 from lm.training.metrics import MOST_LEFT_OUT, RollBack, recording, stop_for_many_bad_steps
 from lm.training.progress import Progress
 from lm.training.step import TrainState, dropout_key, initial_state, joined, parted, skip_step, train_step
+
+_FACTS = {"splits": "text", "tokenizer_sha256": "tokenizer"}  # in words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,7 @@ def prepare(draft: Config, folder: RunFolder | None = None) -> Experiment:
     """Resolves a config, reads its data and builds its model.
 
     Args:
-      folder: of a run that may have been started: its tokenizer is used again.
+      folder: of a run that may have been started, as its config.json tells: then its tokenizer is used again.
 
     Raises:
       UserError: whatever is wrong with config or text.
@@ -101,7 +104,7 @@ def prepare(draft: Config, folder: RunFolder | None = None) -> Experiment:
     config = resolve(draft)
     cache = corpus.cache_dir(config.data)
     splits = sources.load(config.data)
-    if folder is not None and folder.tokenizer.exists():
+    if folder is not None and folder.config.exists() and folder.tokenizer.exists():
         tokenizer = tokenizers.load(folder.tokenizer)
     elif config.training.init_from:
         tokenizer = _tokenizer_of(config)
@@ -156,11 +159,16 @@ def train(draft: Config, workdir: str, listener: Listener | None = None) -> Trai
                 raise UserError("an n-gram is counted by one process; train it on one host")
             if folder.config.exists():
                 folder.check_same_experiment(experiment.config, experiment.facts)
-                if processes.is_first():
-                    folder.update_config(draft, experiment.config)
             return experiment
 
         experiment = processes.in_turn(take_up)
+        named = {_FACTS.get(name, name): json.dumps(fact, sort_keys=True) for name, fact in experiment.facts.items()}
+        differing = processes.differing(named)
+        if differing:
+            raise UserError(
+                f"the processes of this job do not have the same {' and '.join(differing)}: give all of them the same files "
+                "(config.data.path; for the built-in corpus the same Python) and the same config"
+            )
         checkpoints = held.enter_context(Checkpoints(folder.checkpoints, parameter_shapes(experiment.model)))
         if isinstance(experiment.model, Ngram):
             return _count(draft, experiment, folder, checkpoints, listener)
@@ -189,11 +197,13 @@ def _count(draft, experiment, folder, checkpoints, listener):
         folder.cut_metrics(0)
         folder.append_metrics(line)
         listener.recorded(line)
+        facts = {**experiment.facts, "num_params": experiment.model.num_entries(params)}  # known only now: distinct n-grams
+        folder.write_config(draft, experiment.config, facts)
         progress = Progress(best_step=step, seconds=seconds, finished=True)
         checkpoints.save(step, params, {"step": np.zeros((), np.int32) + step}, dataclasses.asdict(progress))
         checkpoints.wait()
-        facts = {**experiment.facts, "num_params": experiment.model.num_entries(params)}  # known only now: distinct n-grams
-        folder.write_config(draft, experiment.config, facts)
+    else:
+        folder.update_config(draft, experiment.config)
     progress = Progress(**checkpoints.progress(step))
     return Trained(step, step, progress.best_loss, tokens, progress.seconds)
 
@@ -205,6 +215,13 @@ def _train(draft, experiment, folder, checkpoints, listener):
     source = batches(config, experiment.train, experiment.mixture)
     optimizer, schedule = optimizers.build(config, source.steps_per_epoch)
     state, carry, progress, step = _restore(config, model, optimizer, source, checkpoints)
+    if step > config.training.num_steps:
+        raise UserError(
+            f"config.training.num_steps is {config.training.num_steps}, but {folder.path} has been trained for {step} steps; ask "
+            "for at least as many, or use another --workdir"
+        )
+    if step and processes.is_first():
+        folder.update_config(draft, config)
     if step < config.training.num_steps and not progress.out_of_patience(config.training.early_stopping):
         _begin(draft, experiment, folder, device_summary(placement))
         listener.started(experiment, step)
