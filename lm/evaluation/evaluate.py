@@ -88,19 +88,7 @@ def evaluate_run(
     if earlier:
         return earlier
     path = run.folder.evaluation / f"{name}.json"
-    placement, rms, total = _placement(run, layout, variant), None, len(found.tokens)
-    layout = dataclasses.replace(layout, row_multiple=placement.num_row_parts)
-    if variant.dynamic and variant.dynamic.rule == "rms":
-        rms, seen = _gradient_rms(run, data_path, variant.dynamic.segment, progress)
-        total += seen
-    started = time.perf_counter()
-    nll_N = token_losses(_scorer(run, placement, variant, rms), found, layout, lambda scored: progress(scored, total))
-    seconds = time.perf_counter() - started
-    if not np.isfinite(nll_N).all():
-        raise UserError(
-            f"{run.folder.path} at step {run.step} gives token {int(np.argmin(np.isfinite(nll_N)))} of {found.name} no finite "
-            "loss: its parameters have diverged; choose another --step, or train it anew with a smaller learning rate"
-        )
+    nll_N, seconds = _score(run, found, layout, variant, data_path, progress)
     result = {
         **figures(nll_N, found.size.num_bytes, found.size.num_words),
         **wanted,
@@ -233,6 +221,24 @@ def _placement(run, layout, variant):
     takes_more = layout.context or run.config.parallelism == "sharded"
     takes_more &= not (variant.dynamic or isinstance(run.model, Ngram))
     return place(run.config, or_fewer=True) if takes_more else Placement(1)
+
+
+def _score(run, found, layout, variant, data_path, progress):
+    """The loss of every token (nats), and the seconds of scoring."""
+    placement, rms, total = _placement(run, layout, variant), None, len(found.tokens)
+    layout = dataclasses.replace(layout, row_multiple=placement.num_row_parts)
+    if variant.dynamic and variant.dynamic.rule == "rms":
+        rms, seen = _gradient_rms(run, data_path, variant.dynamic.segment, progress)
+        total += seen
+    started = time.perf_counter()
+    nll_N = token_losses(_scorer(run, placement, variant, rms), found, layout, lambda scored: progress(scored, total))
+    seconds = time.perf_counter() - started
+    if not np.isfinite(nll_N).all():
+        raise UserError(
+            f"{run.folder.path} at step {run.step} gives token {int(np.argmin(np.isfinite(nll_N)))} of {found.name} no finite "
+            "loss: its parameters have diverged; choose another --step, or train it anew with a smaller learning rate"
+        )
+    return nll_N, seconds
 
 
 def _scorer(run, placement, variant, rms) -> Scorer:
