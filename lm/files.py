@@ -47,12 +47,17 @@ def user_cache() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lm"
 
 
+def make_writable(folder: pathlib.Path) -> None:
+    """Makes a folder; raises an OSError if it is not there then, or nothing can be written in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def check_writable(path: pathlib.Path) -> None:
     """Raises a UserError unless a file can be written there; makes its folder."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        make_writable(path.parent)
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
     except OSError as error:

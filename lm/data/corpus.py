@@ -15,7 +15,7 @@ from lm.config import DataConfig
 from lm.data import sources, tokenizers
 from lm.data.shards import Shards, pieces
 from lm.errors import UserError
-from lm.files import sha256_of, user_cache
+from lm.files import make_writable, sha256_of, user_cache
 
 _FORMAT = 1
 
@@ -62,9 +62,7 @@ def cache_dir(data: DataConfig) -> pathlib.Path:
     """
     folder = pathlib.Path(data.cache_dir) if data.cache_dir else user_cache()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        make_writable(folder)
     except OSError as error:
         raise UserError(
             f"the token cache {folder} cannot be written ({error.strerror}); set config.data.cache_dir to a folder that can"

@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import pathlib
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from lm.config import Config, resolve
 from lm.data import corpus, shards, sources, tokenizers
 from lm.data.lines import cuts, read_lines
 from lm.errors import UserError
-from lm.files import read_json, sha256_of, whole_file, write_json
+from lm.files import make_writable, read_json, sha256_of, whole_file, write_json
 
 _PATIENCE = 3600  # seconds that other processes wait for the tokenizer of the first
 
@@ -204,9 +203,7 @@ def _tokenizer(data, train, folder, given, job) -> tokenizers.Tokenizer:
 
 def _make_folder(folder):
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        make_writable(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from None
 
