@@ -11,6 +11,7 @@ from absl import flags
 
 from launch import command
 from lm.errors import UserError
+from lm.files import check_writable
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("configs", None, "config files, separated by commas; overrides hold for all of them")
@@ -28,14 +29,17 @@ def main(overrides):
         raise UserError(f"--position_context={FLAGS.position_context} must be at least 1")
     drafts = {}
     if FLAGS.configs:
-        drafts = {name: command.load_config(path, overrides) for name, path in _named(FLAGS.configs, "--configs").items()}
+        drafts = {
+            name: command.load_config(path, overrides) for name, path in _named(FLAGS.configs, "--configs", _of_file).items()
+        }
         folders = {name: pathlib.Path(FLAGS.workdir) / name for name in drafts}
     else:
         if overrides:
             raise UserError(
                 f"{overrides[0].split('=')[0]} is set, but trained runs have configs of their own; it goes with --configs"
             )
-        folders = {name: pathlib.Path(path) for name, path in _named(FLAGS.workdirs, "--workdirs").items()}
+        folders = {name: pathlib.Path(path) for name, path in _named(FLAGS.workdirs, "--workdirs", _of_folder).items()}
+    check_writable(pathlib.Path(FLAGS.workdir) / "report.md")  # now, not after hours of work
     from launch import console
     from lm import backend
     from lm.evaluation.evaluate import evaluate_run
@@ -50,32 +54,39 @@ def main(overrides):
         run = open_run(str(folder))
         scores = {split: evaluate_run(run, split)["perplexity"] for split in ("valid", "test")}
         print(f"{label}: perplexity valid {scores['valid']:.2f}, test {scores['test']:.2f}", flush=True)
-    variant = _score_by_position(folders, open_run, evaluate_run)
-    report = write_report(folders, FLAGS.workdir, variant)
+    by_position = _score_by_position(folders, open_run, evaluate_run)
     found = compare(folders)
+    report = write_report(folders, FLAGS.workdir, by_position, found)
     print(f"\n{found.table.text().rstrip()}\n\n{found.summary}\n\nreport with plots: {report}")
     return {"report": str(report), "best": found.best, "summary": found.summary}
 
 
-def _named(paths, flag):
+def _named(paths, flag, parts):
     """Short names for the rows: the file's or folder's own name, with its parent's where two are alike."""
-    named = {pathlib.Path(path.split(":")[0]).stem: path for path in paths}
+    named = {parts(path)[-1]: path for path in paths}
     if len(named) < len(paths):
-        named = {"-".join(pathlib.Path(path.split(":")[0]).with_suffix("").parts[-2:]): path for path in paths}
+        named = {"-".join(parts(path)[-2:]): path for path in paths}
     if len(named) < len(paths):
         raise UserError(f"{flag} names the same thing twice: {', '.join(paths)}")
     return named
 
 
+def _of_file(path):
+    return pathlib.Path(path.split(":")[0]).with_suffix("").parts
+
+
+def _of_folder(path):
+    return pathlib.Path(path).resolve().parts
+
+
 def _score_by_position(folders, open_run, evaluate_run):
-    """Scores valid in windows that each start empty, for the models that can take them; None if none can."""
-    context, variant = FLAGS.position_context, None
-    for folder in folders.values():
+    """Scores valid in windows that each start empty, for the models that can take them; the names of the figures by run."""
+    context, names = FLAGS.position_context, {}
+    for name, folder in folders.items():
         run = open_run(str(folder))
-        if (run.config.model.max_positions or context) < context:
-            continue
-        variant = evaluate_run(run, "valid", context=context, stride=context)["name"]
-    return variant
+        if (run.config.model.max_positions or context) >= context:
+            names[name] = evaluate_run(run, "valid", context=context, stride=context)["name"]
+    return names
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def _run_missing(drafts, folder):
     for row, seed, draft in drafts:
         workdir = run_path(pathlib.Path(FLAGS.workdir), row, seed)
         _train_and_score(row, draft, workdir)
-        keep(workdir, run_path(folder, row, seed), draft)
+        keep(workdir, run_path(folder, row, seed), row, draft)
 
 
 def _train_and_score(row, draft, workdir):

@@ -284,6 +284,7 @@ BAD = [
     ("compare --configs={w}/lstm.py", ["--workdir is missing"]),
     ("compare --configs={w}/lstm.py --workdirs={w}/counted --workdir={w}/x", ["either --configs", "or --workdirs"]),
     ("compare --configs={w}/lstm.py,{w}/lstm.py --workdir={w}/x", ["--configs names the same thing twice", "{w}/lstm.py"]),
+    ("compare --workdirs={w}/run --workdir={w}/lstm.py", ["{w}/lstm.py/report.md cannot be written"]),
     ("compare --configs={w}/lstm.py,{w}/nowhere.py --workdir={w}/x", ["--config={w}/nowhere.py is not a file"]),
     ("compare --workdirs={w}/empty --workdir={w}/x", ["{w}/empty holds no run"]),
     ("compare --workdirs={w}/counted --workdir={w}/x --config.seed=3", ["--config.seed is set", "--configs"]),

@@ -194,7 +194,7 @@ def test_different_tokenizers_are_compared_by_bytes_and_words_only(tmp_path):
     for name, tokenizer in (("subword", "tokenizer"), ("word", "other")):
         windows = {"protocol__context": 64, "protocol__stride": 64}
         write_evaluation(workdirs[name], VARIANT, np.ones(1000), tokenizer__sha256=tokenizer, **windows)
-    report = write_report(workdirs, tmp_path / "report", VARIANT)
+    report = write_report(workdirs, tmp_path / "report", dict.fromkeys(("subword", "word"), VARIANT))
     assert sorted(path.name for path in report.parent.glob("plots/*")) == ["bits_per_byte.png", "learning_curves.png"]
     assert "perplexity.png" not in report.read_text() and "no loss by position" in report.read_text()
 
@@ -256,6 +256,8 @@ def test_bootstrap_is_seeded_signed_and_exact_in_length():
         constant = paired_block_bootstrap(np.full(1003, 2.5), np.full(1003, 2.0), block_length=block_length, num_resamples=50)
         np.testing.assert_allclose(np.array(constant), 0.5, atol=1e-12)
     assert [default_block_length(count) for count in (1, 49, 1000, 12_800, 245_569)] == [1, 1, 20, 256, 256]
+    # as many words where tokens are bytes or subwords, with at least fifty blocks
+    assert [default_block_length(*counts) for counts in ((600_000, 100_000), (46_677, 18_000), (6000, 1000))] == [1536, 664, 120]
 
 
 def test_every_token_weighs_the_same_wherever_it_stands():
@@ -373,7 +375,7 @@ def test_report_holds_the_numbers(pair, tmp_path):
     for name in "ab":
         nll_N = 1.0 + 1.0 / (np.arange(2000) % 64 + 1)
         write_evaluation(pair[name], VARIANT, nll_N, protocol__context=64, protocol__stride=64)
-    report = write_report(pair, tmp_path / "out" / "report", VARIANT)
+    report = write_report(pair, tmp_path / "out" / "report", dict.fromkeys("ab", VARIANT))
     assert report == tmp_path / "out" / "report" / "report.md"
     text, values = report.read_text(), json.loads((report.parent / "report.json").read_text())
     assert sorted(path.name for path in report.parent.iterdir()) == ["plots", "report.json", "report.md"]
@@ -441,14 +443,35 @@ def test_a_failing_report_leaves_the_old_one_whole(pair, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [(None, "no run has"), ({}, "do not overlap"), ({"protocol__context": 64, "protocol__stride": 32}, "windows 64, stride 32")],
+    [
+        (None, f"has no evaluation/{VARIANT}.json"),
+        ({}, "do not overlap"),
+        ({"protocol__context": 64, "protocol__stride": 32}, "windows 64, stride 32"),
+    ],
 )
 def test_report_refuses_a_variant_that_shows_no_positions(pair, tmp_path, changes, words):
     if changes is not None:
         write_evaluation(pair["a"], VARIANT, np.ones(2000), **changes)
     with pytest.raises(UserError, match=words):
-        write_report(pair, tmp_path / "report", VARIANT)
+        write_report(pair, tmp_path / "report", {"a": VARIANT})
     assert not (tmp_path / "report").exists()
+
+
+def test_positions_of_a_run_whose_own_protocol_they_are(pair, tmp_path):
+    """Its figure is called plainly "valid"; that of another run is not."""
+    windows = {"protocol__context": 64, "protocol__stride": 64}
+    write_evaluation(pair["a"], VARIANT, np.ones(2000), **windows)
+    write_evaluation(pair["b"], "valid", np.full(2000, 2.0), **windows)
+    report = write_report(pair, tmp_path / "report", {"a": VARIANT, "b": "valid"})
+    values = json.loads((report.parent / "report.json").read_text())
+    assert {name: bins["loss"][0] for name, bins in values["loss_by_position"].items()} == {"a": 1.0, "b": 2.0}
+    assert values["evaluations_by_position"] == {"a": VARIANT, "b": "valid"}
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(pair, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file.*cannot be written"):
+        write_report(pair, tmp_path / "file")
 
 
 def test_a_comparison_needs_runs_and_a_finite_result(tmp_path):

@@ -6,16 +6,18 @@ import math
 import shutil
 
 import pytest
-from helpers import ROOT, call_verbs, config_file, draft, write_corpus
+from helpers import ROOT, call_verbs, config_file, draft, untrained_run, write_corpus
 
 import configs._results as registry
 from configs._common import steps_of
 from configs.ptb._text import TRAIN_TOKENS
 from launch.command import load_config
 from lm.config import resolve
+from lm.evaluation.evaluate import evaluate_run
 from lm.files import read_json, write_json
 from lm.models.build import count_params, solve_widths
-from lm.reporting.results import NOT_YET_RUN, Row, Section, read_kept, write_page
+from lm.reporting.results import NOT_YET_RUN, Row, Section, keep, read_kept, write_page
+from lm.runs.open import open_run
 
 KEPT = ROOT / "lm" / "reporting" / "results"
 ROWS = {row.path: row for section in registry.SECTIONS for row in section.rows}
@@ -165,6 +167,15 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path):
     kept = folder / "a" / "lstm" / "seed_0"
     assert not [file for file in kept.rglob("*") if file.suffix == ".npz"]
     assert read_json(kept / "evaluation" / "test.json", "")["text"] == "test.txt"
+
+
+def test_only_what_a_row_asks_for_is_kept(tmp_path):
+    config = draft(write_corpus(tmp_path / "corpus"), "ngram")
+    workdir = untrained_run(config, tmp_path / "run")
+    for options in (dict(split="valid"), dict(split="test"), dict(split="test", context=8)):
+        evaluate_run(open_run(str(workdir)), **options)
+    keep(workdir, tmp_path / "kept", Row("a/ngram", "n-gram", "ngram.py"), config)
+    assert {path.name for path in (tmp_path / "kept" / "evaluation").iterdir()} == {"valid.json", "test.json"}
 
 
 def test_a_peer_stands_where_a_paper_does(tmp_path):

@@ -273,6 +273,11 @@ def test_asked_to_stop_a_run_saves_the_step_and_ends_the_same(name, runs, tmp_pa
     assert_same_outcome(outcome(whole), outcome(tmp_path))
 
 
+def test_rows_of_a_comparison_are_named_as_their_files_and_folders():
+    assert compare._named(["runs/lr0.1", "runs/lr0.01/"], "--workdirs", compare._of_folder).keys() == {"lr0.1", "lr0.01"}
+    assert compare._named(["a/lstm.py:runlocal=1", "b/lstm.py"], "--configs", compare._of_file).keys() == {"a-lstm", "b-lstm"}
+
+
 def test_asked_to_stop_in_its_last_step_a_comparison_begins_no_other_run(corpus, tmp_path, monkeypatch):
     paths = [config_file(tmp_path / f"{name}.py", lstm(corpus, training__num_steps=2)) for name in ("first", "second")]
     before = signal.getsignal(signal.SIGTERM)

@@ -130,7 +130,7 @@ def loss_by_position(runs: Sequence[Run], positions: Mapping[str, PositionLoss],
     Args:
       runs: all runs of the comparison, which decide the colours.
       positions: by name, the bins of the runs to draw; all over the same context.
-      evaluation: what they come from, for the title.
+      evaluation: what one of them comes from, for the title.
 
     Returns:
       A matplotlib Figure.

@@ -1,10 +1,8 @@
 """A comparison of finished runs, as values, and as report.md, report.json and plots in a folder."""
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import shlex
 from collections.abc import Mapping
@@ -12,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lm.errors import UserError
+from lm.files import whole_file, write_atomically
 from lm.reporting import plots
 from lm.reporting.comparable import check_comparable
 from lm.reporting.runs import Run, read_run
@@ -68,7 +67,10 @@ def compare(workdirs: Mapping[str, str | pathlib.Path]) -> Comparison:
 
 
 def write_report(
-    workdirs: Mapping[str, str | pathlib.Path], out: str | pathlib.Path, position_variant: str | None = None
+    workdirs: Mapping[str, str | pathlib.Path],
+    out: str | pathlib.Path,
+    by_position: Mapping[str, str] | None = None,
+    comparison: Comparison | None = None,
 ) -> pathlib.Path:
     """Writes report.md, report.json and plots/*.png about finished runs.
 
@@ -77,38 +79,37 @@ def write_report(
     Args:
       workdirs: name -> folder, in the order of the table.
       out: the folder to write to; made if need be.
-      position_variant: name of an evaluation with context n and stride n, such as "valid.context-256-stride-256", for the loss by
-        position in the context; runs without it are left out of that plot. None: no such plot.
+      by_position: for some runs the name of an evaluation with context n and stride n, such as "valid.context-256-stride-256"
+        (just "valid" where the run's config asks for that), for the loss by position in the context. None: no such plot.
+      comparison: what `compare` has made of the same folders, if it has.
 
     Returns:
       The path of report.md.
 
     Raises:
-      UserError: as `compare`; or no run has the variant, or its windows overlap.
+      UserError: as `compare`; a run lacks its evaluation by position, or that has windows that overlap; a file cannot be written.
     """
-    comparison = compare(workdirs)
+    comparison = comparison or compare(workdirs)
     runs, measure = comparison.runs, comparison.measure
-    positions = _positions(runs, position_variant) if position_variant else {}
+    positions = _positions(runs, by_position) if by_position else {}
     drawn = {
         "learning_curves": plots.learning_curves(runs, measure),
         measure: plots.result_bars(runs, measure),
     }
     if positions:
-        drawn["loss_by_position"] = plots.loss_by_position(runs, positions, position_variant)
+        drawn["loss_by_position"] = plots.loss_by_position(runs, positions, next(iter(by_position.values())))
     out = pathlib.Path(out)
-    (out / "plots").mkdir(parents=True, exist_ok=True)
     for name in _PLOTS:
         path = out / "plots" / f"{name}.png"
         if name in drawn:
-            with _replacing(path) as temporary:
-                drawn[name].savefig(temporary, format="png", dpi=150)
+            with whole_file(path) as file:
+                drawn[name].savefig(file, format="png", dpi=150)
         else:
             path.unlink(missing_ok=True)  # of an earlier report in this folder, which this one does not speak of
-    values = _as_json(comparison, positions, position_variant, drawn)
-    with _replacing(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(_finite(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    with _replacing(out / "report.md") as temporary:
-        temporary.write_text(_as_markdown(comparison, positions, position_variant, drawn), encoding="utf-8")
+    values = _as_json(comparison, positions, by_position, drawn)
+    text = json.dumps(_finite(values), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(out / "report.json", f"{text}\n")
+    write_atomically(out / "report.md", _as_markdown(comparison, positions, by_position, drawn))
     return out / "report.md"
 
 
@@ -129,28 +130,26 @@ def _differences(ranked, reference):
                 f"{reference.name} and {run.name} cannot be compared on test: text and tokenizer are equal, but targets differ "
                 f"in {run.workdir / 'evaluation' / 'test.npz'}; evaluate both again"
             )
-        differences[run.name] = paired_block_bootstrap(nll_N, reference_nll_N)
+        differences[run.name] = paired_block_bootstrap(nll_N, reference_nll_N, block_length=_block_length(reference))
     return differences
 
 
-def _positions(runs, variant):
-    having = [run for run in runs if variant in run.evaluations]
-    if not having:
-        raise UserError(f"no run has the evaluation/{variant}.json of loss by position: make it with python -m launch.evaluate")
-    if not check_comparable(having, variant):
+def _positions(runs, names):
+    having = [run for run in runs if run.name in names]
+    if not check_comparable(having, names):
         return {}  # a position counts tokens, which are not the same ones
     contexts = {}
     for run in having:
-        protocol = run.evaluation(variant)["protocol"]
+        protocol = run.evaluation(names[run.name])["protocol"]
         if protocol["context"] is None or protocol["context"] != protocol["stride"]:
             raise UserError(
-                f"loss by position needs windows that do not overlap (context equal to stride), but {variant} of {run.name} has "
-                f"{scored_context(protocol)}"
+                f"loss by position needs windows that do not overlap (context equal to stride), but {names[run.name]} of "
+                f"{run.name} has {scored_context(protocol)}"
             )
         contexts[run.name] = protocol["context"]
     if len(set(contexts.values())) > 1:
-        raise UserError(f"loss by position needs one context for all runs, but {variant} has {contexts}")
-    return {run.name: loss_by_position(run.token_scores(variant).nll_N, contexts[run.name]) for run in having}
+        raise UserError(f"loss by position needs one context for all runs, but there are {contexts}")
+    return {run.name: loss_by_position(run.token_scores(names[run.name]).nll_N, contexts[run.name]) for run in having}
 
 
 def _summary(ranked, measure, differences):
@@ -181,7 +180,7 @@ def _summary(ranked, measure, differences):
     return text
 
 
-def _as_json(comparison, positions, variant, drawn):
+def _as_json(comparison, positions, by_position, drawn):
     return {
         "summary": comparison.summary,
         "measure": comparison.measure,
@@ -199,13 +198,13 @@ def _as_json(comparison, positions, variant, drawn):
                 "low": gap.low,
                 "high": gap.high,
                 "confidence": 0.95,
-                "block_length": _block_length(comparison),
+                "block_length": _block_length(comparison.runs[0]),
                 "num_resamples": NUM_RESAMPLES,
             }
             for reference, gaps in comparison.differences.items()
             for name, gap in gaps.items()
         ],
-        "position_variant": variant,
+        "evaluations_by_position": dict(by_position or {}),
         "loss_by_position": {
             name: {field.removesuffix("_P"): values.tolist() for field, values in bins._asdict().items()}
             for name, bins in positions.items()
@@ -224,14 +223,14 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _as_markdown(comparison, positions, variant, drawn):
+def _as_markdown(comparison, positions, by_position, drawn):
     runs = comparison.runs
     title = f"# Comparison of {', '.join(run.name for run in runs)}"
     sections = [title, comparison.summary, comparison.table.markdown().rstrip()]
     if comparison.differences:
         sections += ["## Differences", _difference_section(comparison)]
     sections += ["## Plots", *(f"{_caption(name, comparison, positions)}\n\n![{name}](plots/{name}.png)" for name in drawn)]
-    if variant and not positions:
+    if by_position and not positions:
         sections.append("There is no loss by position: the tokenizers differ, so positions do not count the same tokens.")
     splits = [split for split in ("test", "valid") if any(split in run.evaluations for run in runs)]
     sections += ["## Protocol", *(_protocol(runs, split) for split in splits)]
@@ -242,8 +241,8 @@ def _as_markdown(comparison, positions, variant, drawn):
 def _difference_section(comparison):
     sections = [
         "Differences in mean nll on test, in nats per token, from per-token differences: paired circular block bootstrap, "
-        f"blocks of {_block_length(comparison)} tokens, {NUM_RESAMPLES:,} resamples. The interval covers the choice of text, "
-        "not that of the training seed."
+        f"blocks of {_block_length(comparison.runs[0])} tokens, {NUM_RESAMPLES:,} resamples. The interval covers the choice of "
+        "text, not that of the training seed."
     ]
     for reference, gaps in comparison.differences.items():
         rows = [
@@ -258,8 +257,9 @@ def _difference_section(comparison):
     return "\n\n".join(sections)
 
 
-def _block_length(comparison):
-    return default_block_length(comparison.runs[0].evaluation("test")["tokens"])
+def _block_length(run):
+    test = run.evaluation("test")
+    return default_block_length(test["tokens"], test["words"])
 
 
 def _caption(name, comparison, positions):
@@ -338,14 +338,3 @@ def _commands(runs):
 
 def _plain(value):
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-@contextlib.contextmanager
-def _replacing(path):
-    """A path beside `path` to write to; takes its place when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -78,11 +78,11 @@ def run_path(folder: pathlib.Path, row: Row, seed: int) -> pathlib.Path:
     return folder / row.path / f"seed_{seed}"
 
 
-def keep(workdir: pathlib.Path, kept: pathlib.Path, draft: Config) -> None:
-    """Keeps the small files of a finished run: config, environment, metrics and figures, without paths of the machine.
+def keep(workdir: pathlib.Path, kept: pathlib.Path, row: Row, draft: Config) -> None:
+    """Keeps the small files of a finished run: config, environment, metrics and its row's figures, without paths of the machine.
 
     Args:
-      workdir: the run.
+      workdir: the run, which may have been scored in other ways as well.
       kept: the folder to make.
       draft: the config as the row gives it, whose paths stand for those of the machine.
     """
@@ -90,7 +90,11 @@ def keep(workdir: pathlib.Path, kept: pathlib.Path, draft: Config) -> None:
     for form in ("given", "resolved"):
         saved[form]["data"] |= {name: getattr(draft.data, name) for name in ("path", "cache_dir", "prepared")}
         saved[form]["training"]["init_from"] = draft.training.init_from
-    for name, evaluation in run.evaluations.items():
+    endings = ["", *(variant.ending for variant in row.variants)]
+    if row.last_epoch:
+        endings.append(f".step-{run.valid_lines[-1]['step']}")
+    for name in [f"{split}{ending}" for split in ("valid", "test") for ending in endings]:
+        evaluation = run.evaluation(name)
         write_json(kept / "evaluation" / f"{name}.json", {**evaluation, "text": pathlib.Path(evaluation["text"]).name})
     lines = [*run.train_lines, *run.valid_lines]
     write_atomically(kept / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -231,8 +235,9 @@ def _equal(section, runs):
     lines = comparison_table(there).markdown().splitlines() if there else []
     missing = [row.name for row in section.rows if not runs[row.path]]
     said = [f"Not yet run: {', '.join(missing)}."] if missing else []
-    if len(there) > 1 and len({place(run.environment) for run in there}) == 1:
-        said = [_at_equal_time(there), *(["", *said] if said else [])]
+    trained = [run for run in there if run.valid_lines]  # n-grams are not
+    if len(trained) > 1 and len({place(run.environment) for run in trained}) == 1:
+        said = [_at_equal_time(trained), *(["", *said] if said else [])]
     return [*lines, *([""] if lines and said else []), *said]
 
 

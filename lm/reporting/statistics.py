@@ -6,9 +6,10 @@ import numpy as np
 
 from lm.errors import UserError
 
-# Neighbouring tokens share sentence, paragraph and topic, so blocks must be long beside that dependence: 256 tokens are some ten
-# sentences. But the spread is estimated from the blocks, so there must be many: a short text is cut into at least 50.
-BLOCK_LENGTH = 256
+# Neighbouring tokens share sentence, paragraph and topic, so blocks must be long beside that dependence: 256 words are some ten
+# sentences, whatever the tokens. But the spread is estimated from the blocks, so there must be many: a short text is cut into at
+# least 50.
+BLOCK_WORDS = 256
 MIN_BLOCKS = 50
 NUM_RESAMPLES = 10_000
 _ENTRIES_AT_ONCE = 4_000_000  # bounds the memory of the resampling to some hundred MB for any length of text
@@ -32,9 +33,11 @@ class PositionLoss(typing.NamedTuple):
     high_P: np.ndarray
 
 
-def default_block_length(num_tokens: int) -> int:
-    """Tokens of a block for a text of `num_tokens`: BLOCK_LENGTH, or less where that would leave fewer than MIN_BLOCKS."""
-    return max(1, min(BLOCK_LENGTH, num_tokens // MIN_BLOCKS))
+def default_block_length(num_tokens: int, num_words: int | None = None) -> int:
+    """Tokens of a block for a text of so many tokens and words (None: each token is one): those of BLOCK_WORDS, or less where
+    that would leave fewer than MIN_BLOCKS."""
+    tokens_per_word = num_tokens / num_words if num_words else 1.0
+    return max(1, min(round(BLOCK_WORDS * tokens_per_word), num_tokens // MIN_BLOCKS))
 
 
 def paired_block_bootstrap(
@@ -55,7 +58,8 @@ def paired_block_bootstrap(
     Args:
       first_nll_N: nll of every token under the first model, in corpus order, nats.
       second_nll_N: the same under the second model; the same tokens, so the same tokenizer.
-      block_length: tokens of a block; by default `default_block_length(N)`; 1 would treat tokens as independent.
+      block_length: tokens of a block; by default `default_block_length(N)`, for tokens that are words; 1 would treat tokens as
+        independent.
       num_resamples: resamples drawn.
       seed: of the resampling.
 
