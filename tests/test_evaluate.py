@@ -90,6 +90,17 @@ def test_test_is_scored_once(lstm, never):
     assert (lstm / "evaluation" / "test.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_a_figure_without_the_losses_of_its_tokens_is_made_again(damage, corpus, tmp_path):
+    run = open_run(str(untrained_run(draft(corpus, "ngram"), tmp_path)))
+    first = evaluate_run(run, "valid")
+    damage(run.folder.evaluation / "valid.npz")
+    again = evaluate_run(run, "valid")
+    assert not again["stored"] and again["loss"] == first["loss"] and again["times_scored"] == 2
+    assert evaluate_run(run, "valid")["stored"]
+    assert sorted(path.name for path in run.folder.evaluation.iterdir()) == ["valid.json", "valid.npz"]
+
+
 def test_a_corpus_that_has_moved_is_the_same_text(lstm, corpus, tmp_path, never):
     evaluate_run(open_run(str(lstm)))
     for name in ("train", "valid", "test"):

@@ -1,6 +1,7 @@
 """lm.evaluation.variants: each against its formula, token by token; under names of their own; test only after valid."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -218,10 +219,17 @@ def test_gradients_of_train_are_kept_for_the_next_settings(run, monkeypatch):
     assert not again["stored"] and again["loss"] == once["loss"]
 
 
+def test_settings_that_diverge_are_named_and_not_the_model(run):
+    with refused("no finite loss: scored with cache-20-1e+39-0.1 it diverges", "gentler settings"):
+        evaluate_run(run, "valid", variant=Variant(cache=Cache(window=20, flatness=1e39)))  # beyond float32
+
+
 def test_what_does_not_go_is_refused(run, tmp_path):
     for fields, words in (
         (dict(dynamic=Dynamic(), cache=Cache()), "give one of them"),
         (dict(temperature=0.0), "--temperature=0.0 must be above 0"),
+        (dict(temperature=math.inf), "--temperature=inf must be above 0, and finite"),
+        (dict(dynamic=Dynamic(epsilon=math.inf)), "--dynamic_epsilon=inf must be above 0, and finite"),
         (dict(dropout_samples=0), "--dropout_samples=0 must be at least 1"),
         (dict(cache=Cache(share=1.0)), "--cache_share=1.0 must be"),
         (dict(dynamic=Dynamic(decay=2.0)), "--dynamic_decay=2.0 must be"),

@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import io
 import math
 import os
 import pathlib
 import re
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +22,7 @@ from lm.errors import UserError
 from lm.evaluation.perplexity import Layout, figures, token_losses
 from lm.evaluation.scorers import NgramScorer, Scorer, precision_of
 from lm.evaluation.variants import PLAIN, Variant, gradient_rms, variant_scorer
-from lm.files import read_json, write_json
+from lm.files import read_json, whole_file, write_json
 from lm.models.ngram import Ngram
 from lm.parallel import Placement, place
 from lm.runs.open import Run
@@ -107,9 +107,19 @@ def _earlier(run, name, wanted):
     path = run.folder.evaluation / f"{name}.json"
     earlier = read_json(path, "") if path.exists() else {}
     same = all(earlier.get(field) == value for field, value in wanted.items() if field not in ("checkpoint", "text"))
-    if same and earlier.get("checkpoint", {}).get("step") == run.step:
+    if same and earlier.get("checkpoint", {}).get("step") == run.step and _has_tokens(path.with_suffix(".npz"), earlier):
         return {**earlier, "name": name, "stored": True}
     return None
+
+
+def _has_tokens(path, figures):
+    """Whether the losses of the single tokens are there as well, and are those of the figures."""
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error), np.load(path) as arrays:
+        nll_N = arrays["nll"]
+        return len(nll_N) == figures["tokens"] and np.isclose(
+            nll_N.sum(dtype=np.float64), figures["nll_sum"], rtol=1e-5, atol=1e-6
+        )
+    return False
 
 
 def _name_of_text(text, sha256):
@@ -234,9 +244,12 @@ def _score(run, found, layout, variant, data_path, progress):
     nll_N = token_losses(_scorer(run, placement, variant, rms), found, layout, lambda scored: progress(scored, total))
     seconds = time.perf_counter() - started
     if not np.isfinite(nll_N).all():
+        cause = "its parameters have diverged; choose another --step, or train it anew with a smaller learning rate"
+        if variant != PLAIN:
+            cause = f"scored with{variant.ending.replace('.', ' ', 1)} it diverges, or did before; choose gentler settings"
         raise UserError(
             f"{run.folder.path} at step {run.step} gives token {int(np.argmin(np.isfinite(nll_N)))} of {found.name} no finite "
-            "loss: its parameters have diverged; choose another --step, or train it anew with a smaller learning rate"
+            f"loss: {cause}"
         )
     return nll_N, seconds
 
@@ -293,12 +306,5 @@ def _protocol(run, split, layout, variant):
 
 
 def _write_arrays(path, arrays):
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    with whole_file(path) as file:
+        np.savez_compressed(file, **arrays)

@@ -1,6 +1,7 @@
 """Variants of scoring, off by default and named with each figure: adaptation to the text, dropout averaged, a temperature."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -89,8 +90,8 @@ class Variant:
             ("cache_flatness", cache.flatness, cache.flatness >= 0, "at least 0"),
             ("cache_share", cache.share, 0 <= cache.share < 1, "at least 0 and below 1"),
         ):
-            if not fits:
-                raise UserError(f"--{name}={value} must be {words}")
+            if not fits or value in (math.inf, -math.inf):
+                raise UserError(f"--{name}={value} must be {words}{', and finite' if fits else ''}")
 
     @property
     def adaptation(self) -> dict[str, Any] | None:
