@@ -298,12 +298,10 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     _section: typing.ClassVar = "evaluation"
     context: int | None = setting(
-        None, "tokens of a window; None: state is carried through the whole split in one stream", at_least=1, resumable=True
+        None, "tokens of a window; None: state is carried through the whole split in one stream", at_least=1
     )
-    stride: int | None = setting(None, "tokens scored in each window after the first", at_least=1, resumable=True)
-    rows: int = setting(
-        16, "windows scored together; while training, parallel streams that the split is cut into", at_least=1, resumable=True
-    )
+    stride: int | None = setting(None, "tokens scored in each window after the first", at_least=1)
+    rows: int = setting(16, "windows scored together; while training, parallel streams that the split is cut into", at_least=1)
 
 
 @dataclasses.dataclass(eq=False)
