@@ -101,7 +101,8 @@ def describe(experiment: Experiment) -> str:
     data, num_steps = config.data, config.training.num_steps
     tokens = num_steps * data.batch_size * data.seq_len
     shape = f"{data.batch_size} × {'about ' if data.seq_len_std is not None else ''}{data.seq_len} tokens"
-    epochs = tokens / len(train.tokens)
+    own = data.mixture_weights[0] if data.mixture else 1.0  # of a mixture, the epochs of the config's own text
+    epochs = tokens * own / len(train.tokens)
     return (
         f"{model.architecture} ({widths}; {experiment.facts['num_params']:,} parameters) on {text}; "
         f"{num_steps:,} steps of {shape} = {tokens / 1e6:.2f}M, {epochs:.1f} epochs"

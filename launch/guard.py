@@ -8,6 +8,7 @@ import collections
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -84,6 +85,8 @@ def _move_output(account):
     """What JAX's C++ prints goes to a file; what Python prints stays where it was."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         setattr(sys, name, os.fdopen(os.dup(number), "w", buffering=1))
+    for handler in logging.getLogger("lm").handlers:
+        handler.setStream(sys.stderr)
     with account.open("ab") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
@@ -210,5 +213,6 @@ def _leave_as(ended, account) -> NoReturn:
     account.unlink()
     if ended >= 0:
         leave(ended)
-    lines = [line for line in text.splitlines() if line.strip()][-20:]
-    raise UserError("\n".join([f"this process was killed by {signal.Signals(-ended).name}; the same command goes on", *lines]))
+    for line in [line for line in text.splitlines() if line.strip()][-20:]:
+        print(line, file=sys.stderr)
+    raise UserError(f"this process was killed by {signal.Signals(-ended).name}; the same command goes on")

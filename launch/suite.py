@@ -8,6 +8,7 @@ varies one thing at a time.
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -54,8 +55,10 @@ def main(overrides):
 
     page()  # before hours of work: what cannot be read is told now
     can_measure = FLAGS.suite != "gpu" or platform() == "gpu"
-    for number, measurement in enumerate(measurements if can_measure else ()):
-        path = folder / f"{re.sub(r'[^a-z0-9]+', '_', measurement.name.lower()).strip('_')}.json"
+    paths = [folder / f"{re.sub(r'[^a-z0-9]+', '_', wanted.name.lower()).strip('_')}.json" for wanted in measurements]
+    for path, measurement in zip(paths, measurements, strict=True):
+        check_same(path, measurement)
+    for number, (path, measurement) in enumerate(zip(paths, measurements, strict=True) if can_measure else ()):
         if path.exists() or FLAGS.only not in measurement.name:
             continue
         if time.monotonic() - started > seconds:
@@ -77,6 +80,20 @@ def main(overrides):
     if failed:
         raise UserError(f"not measured: {', '.join(failed)}; the reasons stand above, and {written} has the rest")
     return {"page": str(written), "left": left}
+
+
+def check_same(path, measurement):
+    """Raises a UserError if another measurement of that name is kept."""
+    from lm.files import read_json
+
+    if not path.exists():
+        return
+    kept = read_json(path, "")["measurement"]
+    for name, now in json.loads(json.dumps(dataclasses.asdict(measurement))).items():
+        if kept.get(name) != now:
+            raise UserError(
+                f"{path} was measured with {name} = {kept.get(name)!r}, but it is {now!r} now; remove it and measure again"
+            )
 
 
 def platform():

@@ -114,6 +114,7 @@ def test_a_guard_ends_as_its_child(tmp_path, last, code, sentences):
     done = called(tmp_path, "None", last)  # a job of one process
     assert done.returncode == code, done.stderr
     assert all(sentence in done.stderr for sentence in sentences)
+    assert "\\n" not in done.stderr  # an account of several lines is told in lines
 
 
 def test_processes_that_do_not_meet(tmp_path):

@@ -132,6 +132,10 @@ def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch, capsys):
     assert measured[:4] == [f"width 64: {name}" for name in ARCHITECTURES]
     assert len(measured) == len(set(measured)) == 20
     assert len(list(tmp_path.glob("*.json"))) == 20 and (tmp_path / "width.png").exists()
+    kept = tmp_path / "width_64_gru.json"
+    kept.write_text(kept.read_text().replace('"rounds": 3', '"rounds": 2'))
+    with refused(f"{kept} was measured with rounds = 2, but it is 3 now", "remove it"):
+        suite.main([])
 
 
 def test_what_cannot_be_measured_is_told_and_the_rest_is_done(tmp_path, monkeypatch, capsys):

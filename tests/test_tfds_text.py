@@ -68,6 +68,7 @@ def test_examples_as_documents_each_end_in_eos(files, prepared):
 def test_a_name_finds_its_prepared_version_in_the_folder_of_datasets(files, prepared):
     splits = sources.load(config(files, prepared.parent.parent, data__dataset="text_files").data)
     assert splits["valid"].name == "text_files/1.0.0/valid"
+    assert sources.load(config(files, prepared, data__dataset="text_files:1.0.0").data)["valid"].name == splits["valid"].name
 
 
 def test_training_and_scoring_from_it_equal_those_from_the_files(files, prepared, tmp_path):
@@ -86,6 +87,7 @@ def test_what_cannot_be_read_is_told_at_once(files, prepared, tmp_path, monkeypa
         (dict(data__path=None, data__dataset="lm1b"), ["'lm1b' is not prepared", "TensorFlow", "tfds build lm1b"]),
         (dict(data__path=None, data__dataset="tiny_shakespear"), ["'tiny_shakespear'", "did you mean 'tiny_shakespeare'"]),
         (dict(data__path=str(tmp_path)), [str(tmp_path), "dataset_info.json", "config.data.dataset"]),
+        (dict(data__dataset="lm1b"), ["'lm1b'", "holds text_files/1.0.0", "one of them open"]),
         (dict(data__text_feature="label"), ["text_files/1.0.0 has the text features text", "'label'"]),
         (dict(data__split_expressions=("train", "nosuch", "test")), ["'nosuch'", "train, valid, test"]),
         (dict(data__split_expressions=("train", "valid", "test[:0]")), ["'test[:0]'"]),

@@ -63,6 +63,12 @@ def test_every_token_is_scored_by_the_epoch_that_was_best(tmp_path, monkeypatch)
     assert result["perplexity"] == pytest.approx(math.exp(nll_N.mean()), rel=1e-5)
 
 
+def test_training_that_diverges_is_told_after_its_epoch(tmp_path):
+    pytest.importorskip("torch")
+    with refused("not finite after epoch 1", "--lr=1e+30", "smaller"):
+        word_language_model.train(str(write_corpus(tmp_path / "corpus")), Settings(model="RNN_RELU", lr=1e30, clip=1e30, **SMALL))
+
+
 def test_a_missing_torch_is_said_with_the_extra_that_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with refused("needs PyTorch", "pip install -e '.[peers]'"):

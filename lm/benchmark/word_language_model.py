@@ -57,7 +57,7 @@ def train(path: str, settings: Settings, on_epoch: Callable[[dict[str, Any]], An
       seconds of training, scoring of valid included; and what it ran with.
 
     Raises:
-      UserError: torch is missing, or the text.
+      UserError: torch is missing, or the text; training has diverged.
     """
     if importlib.util.find_spec("torch") is None:
         raise UserError("word_language_model needs PyTorch, which is not installed; install the extra: pip install -e '.[peers]'")
@@ -85,6 +85,8 @@ def train(path: str, settings: Settings, on_epoch: Callable[[dict[str, Any]], An
             }
         )
         on_epoch(epochs[-1])
+        if not math.isfinite(valid_loss):
+            raise UserError(f"the loss on valid is not finite after epoch {number} at --lr={rate:g}; give a smaller one")
         if valid_loss < best_loss:
             best_loss, best = valid_loss, copy.deepcopy(model.state_dict())
         else:

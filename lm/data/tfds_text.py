@@ -81,7 +81,14 @@ def _import():
 def _builder(data):
     tfds = _import()
     if data.path is not None and (pathlib.Path(data.path) / "dataset_info.json").is_file():
-        return tfds.builder_from_directory(data.path)
+        found = tfds.builder_from_directory(data.path)
+        named = f"{found.info.full_name}/"
+        if data.dataset is not None and not named.startswith(f"{data.dataset.replace(':', '/')}/"):
+            raise UserError(
+                f"config.data.dataset is {data.dataset!r}, but config.data.path {data.path!r} holds {found.info.full_name}; "
+                "leave one of them open"
+            )
+        return found
     if data.dataset is None:
         raise UserError(
             f"config.data.path {data.path!r} is no prepared dataset (it holds no dataset_info.json): give the folder of a "
