@@ -219,14 +219,13 @@ def _check_settings(folder, settings):
         raise UserError(f"{path} is damaged; use another --folder")
     for name, now in [*settings["data"].items(), *((name, value) for name, value in settings.items() if name != "data")]:
         then = begun.get(name) if name in begun else begun["data"].get(name)
-        if name == "tokenizer_text_sha256" and now in (None, then):
-            continue  # a tokenizer that is given, and the same as then, may meet another text
         if name == "tokenizer_text_sha256":
-            raise UserError(
-                f"{folder} was begun with another train text or with --tokenizer, which decides what its tokens mean; use "
-                f"another --folder, or the same tokenizer again by --tokenizer={folder / 'tokenizer.json'}"
-            )
-        if then != now:
+            if now not in (None, then):  # None: the tokenizer is given, and may meet another text
+                raise UserError(
+                    f"{folder} was begun with another train text or with --tokenizer, which decides what its tokens mean; use "
+                    f"another --folder, or the same tokenizer again by --tokenizer={folder / 'tokenizer.json'}"
+                )
+        elif then != now:
             raise UserError(f"{folder} was begun with {name} = {then!r}, but it is {now!r} now; use another --folder")
 
 
