@@ -92,20 +92,18 @@ def sample_tokens(model: LanguageModel, params, prompt_BT, num_tokens: int, samp
     """
     batch_size, length = prompt_BT.shape
     carry = model.initial_carry(batch_size, length + num_tokens - 1)
-
-    def logits_after(inputs_BT, carry):
-        hidden_BTD, carry = model.apply({"params": params}, inputs_BT, carry)
-        return model.apply({"params": params}, hidden_BTD[:, -1:], method="logits")[:, 0], carry
+    if length > 1:  # what is drawn first follows the prompt's last token, which is the loop's as all drawn ones are
+        carry = model.apply({"params": params}, prompt_BT[:, :-1], carry)[1]
 
     def step(state, key):
-        logits_BV, carry = state
+        token_B, carry = state
+        hidden_BTD, carry = model.apply({"params": params}, token_B[:, None], carry)
+        logits_BV = model.apply({"params": params}, hidden_BTD, method="logits")[:, 0]
         token_B = draw(logits_BV, key, sampling)
-        return logits_after(token_B[:, None], carry), token_B
+        return (token_B, carry), token_B
 
-    # The last token needs no further look at the model, so it is drawn after the loop.
-    keys = jax.random.split(key, num_tokens)
-    (logits_BV, _), tokens_TB = jax.lax.scan(step, logits_after(prompt_BT, carry), keys[:-1])
-    return jnp.concatenate([tokens_TB.T, draw(logits_BV, keys[-1], sampling)[:, None]], axis=1)
+    _, tokens_TB = jax.lax.scan(step, (prompt_BT[:, -1], carry), jax.random.split(key, num_tokens))
+    return tokens_TB.T
 
 
 def generate(
