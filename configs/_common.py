@@ -46,6 +46,8 @@ def finish(config: Config, argument: str) -> Config:
         data.vocab_size = min(data.vocab_size, 1000)
     if model.num_softmaxes:
         model.num_softmaxes = 2
+    if model.cutoffs:
+        model.cutoffs = (10, 20)
     if model.attention_window:
         model.attention_window = 16
     training.num_steps, training.log_every_steps, training.evaluate_every_steps = 2, 1, 1

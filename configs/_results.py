@@ -29,7 +29,7 @@ def _row(path: str, name: str, **options) -> Row:
 _BY_SGD, _BY_RMS, _OVER_MASKS = Variant(Dynamic("sgd", 0.3, 0.001)), Variant(Dynamic()), Variant(dropout_samples=100)
 _ZAREMBA_2014, _MERITY_2018, _KRAUSE_2018 = "Zaremba et al. 2014", "Merity et al. 2018", "Krause et al. 2018"
 _GAL_2016, _MELIS_2018, _MELIS_2020 = "Gal & Ghahramani 2016", "Melis et al. 2018", "Melis et al. 2020"
-_YANG_2018, _DAI_2019 = "Yang et al. 2018", "Dai et al. 2019"
+_YANG_2018, _DAI_2019, _MIKOLOV_2012 = "Yang et al. 2018", "Dai et al. 2019", "Mikolov & Zweig 2012"
 
 
 def _tuned(first: Row, name: str, published, variants, *overrides: str) -> Row:
@@ -78,7 +78,8 @@ def _mogrifier(corpus: str, static, dynamic) -> Row:
 
 
 _PTB = (
-    _row("ptb/kneser_ney_5", "Kneser-Ney 5-gram", published={"": Published(None, 141.2, "Mikolov & Zweig 2012")}),
+    _row("ptb/kneser_ney_5", "Kneser-Ney 5-gram", published={"": Published(None, 141.2, _MIKOLOV_2012)}),
+    _row("ptb/mikolov", "recurrent network", published={"": Published(None, 124.7, _MIKOLOV_2012)}),
     _zaremba("small", 120.7, 114.5, seeds=(0, 1, 2)),
     _zaremba("medium", 86.2, 82.7),
     _zaremba("large", 82.2, 78.4),
@@ -111,6 +112,7 @@ _WIKITEXT2 = (
     *_mixture("wikitext2", 20.0, (66.01, 63.33), (63.88, 61.45), (42.41, 40.68)),
     _mogrifier("wikitext2", (57.3, 55.1), (40.2, 38.6)),
 )
+_WIKITEXT103 = (_row("wikitext103/transformer_xl", "Transformer-XL", published={"": Published(None, 24.0, _DAI_2019)}),)
 _LSTM = _row("ptb/small/lstm", "LSTM", variants=(_BY_SGD, Variant(Dynamic("rms", 0.0005, 0.002, 0.0002))))
 
 
@@ -135,6 +137,7 @@ SECTIONS = (
         "published",
         _WIKITEXT2,
     ),
+    Section("Published on WikiText-103", "267,735 words, 245,569 tokens of test.", "published", _WIKITEXT103),
     Section(
         "Characters of the Penn Treebank",
         "The same text by characters, `<unk>` and `N` spelt out, each line ending in a newline; 449,945 characters of test.",

@@ -34,6 +34,7 @@ def test_every_row_is_an_experiment_of_its_own(monkeypatch):
 @pytest.mark.parametrize(
     "path, vocab_size, millions",
     [
+        ("ptb/mikolov", 10_000, 6.1),
         ("ptb/zaremba_medium", 10_000, 20),
         ("ptb/zaremba_large", 10_000, 66),
         ("ptb/gal_medium", 10_000, 20),
@@ -47,6 +48,7 @@ def test_every_row_is_an_experiment_of_its_own(monkeypatch):
         ("wikitext2/awd_lstm", 33_278, 33),
         ("wikitext2/awd_lstm_mos", 33_278, 35),
         ("wikitext2/mogrifier", 33_278, 35),
+        ("wikitext103/transformer_xl", 267_735, 151),
     ],
 )
 def test_a_published_model_is_of_the_papers_size(path, vocab_size, millions, monkeypatch):

@@ -1,0 +1,1 @@
+"""WikiText-103 at word level: published recipes. Give the text by --config.data.path."""
