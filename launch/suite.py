@@ -8,6 +8,7 @@ varies one thing at a time.
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -51,7 +52,8 @@ def main(overrides):
     shown = f"python -m launch.suite --suite={FLAGS.suite} --folder={FLAGS.folder}"
 
     def page():
-        return write_page(folder, f"Speed: the {FLAGS.suite} suite", [dataclasses.asdict(m) for m in measurements], shown)
+        heading, about = f"Speed: the {FLAGS.suite} suite", inspect.getdoc(SUITES[FLAGS.suite])
+        return write_page(folder, heading, about, [dataclasses.asdict(m) for m in measurements], shown)
 
     page()  # before hours of work: what cannot be read is told now
     can_measure = FLAGS.suite != "gpu" or platform() == "gpu"

@@ -84,8 +84,9 @@ def test_the_page_says_what_the_files_say(tmp_path):
     former = result(9, "GRU", "gru", 1_550, {"name": "torch", "allocators": {"system": peer(500, 3.1, formerly=True)}}, 3.0)
     assert "| GRU | 1,550 | 500 † | 3.10 | 3.00 |  |  | 509 MiB | 42% |" in page.table([former])  # it reached nothing
     assert any("†" in line for line in page.provenance([former])) and not any("†" in line for line in page.provenance(results))
-    text = page.write_page(tmp_path, "Speed", suite, "python -m this").read_text()
-    assert text.startswith("# Speed\n\n`python -m this`\n\n## Training\n")
+    assert any("ratio" in line for line in page.provenance(results)) and "ratio" not in str(page.provenance(results[2:]))
+    text = page.write_page(tmp_path, "Speed", "Of some.", suite, "python -m this").read_text()
+    assert text.startswith("# Speed\n\nOf some.\n\n`python -m this`\n\n## Training\n")
     assert "| LSTM | not yet measured |  |  | 3.00 |  |  |  |  |" in text.splitlines()
     assert "Points of the curves that are not yet measured: 1." in text.splitlines()
     row = "| LSTM 2 × 200 | 12,000 | 8,000 | 1.50 | 1.80 | 10,000 (compiled) | 1.20 | 500 MiB, 700 MiB | 42% |"

@@ -22,6 +22,10 @@ _AXES = {
     "emulated devices": "emulated devices (8 × 128 tokens a step)",
 }
 
+_OF_A_RATIO = (
+    "- A ratio is ours over the peer's; the target is what this project set itself, and a ratio that reaches it is bold.",
+    "- The peer is PyTorch, eager or compiled, whichever was faster, or where it says so a plain lax.scan with our optimiser.",
+)
 _ON_A_GPU = ("- torch's autocast to bfloat16 runs cuDNN's recurrences in float16, whatever type it is asked for.",)
 _FORMERLY = (
     "- † Measured when torch.compile was given the model without its loss, and the peer's process loaded JAX as well: its",
@@ -45,16 +49,17 @@ def read_results(folder: pathlib.Path) -> list[Result]:
     return [result for _, result in sorted(found, key=lambda pair: pair[0])]
 
 
-def write_page(folder: pathlib.Path, heading: str, suite: Sequence[Mapping[str, Any]], command: str) -> pathlib.Path:
+def write_page(folder: pathlib.Path, heading: str, about: str, suite: Sequence[Mapping[str, Any]], command: str) -> pathlib.Path:
     """Writes README.md and the plots beside the folder's results; returns the page's path.
 
     Args:
+      about: what is measured, below the heading.
       suite: all its measurements in order; what is not there yet stands as not yet measured.
       command: what measures it.
     """
     results = read_results(folder)
     found = {result["measurement"]["name"]: result for result in results}
-    lines = [f"# {heading}", "", f"`{command}`", ""]
+    lines = [f"# {heading}", "", about, "", f"`{command}`", ""]
     rows = [found.get(wanted["name"], {"measurement": wanted, "mode": wanted["mode"]}) for wanted in suite if not wanted["axis"]]
     for mode, title in _TITLES.items():
         chosen = [row for row in rows if row["mode"] == mode]
@@ -183,13 +188,13 @@ def provenance(results: Sequence[Result]) -> list[str]:
         devices = "" if where.get("platform", "cpu") == "cpu" else f", {where['num_devices']} × {where['device']}"
         seen.setdefault(f"{where['hardware']}{devices}; {versions}", []).append(where["date"])
     lines += [f"- {where}; {min(dates)} to {max(dates)}" for where, dates in seen.items()]
+    compared = any(_peers(result) for result in results)
     return [
         *lines,
-        "- A ratio is ours over the peer's; the target is what this project set itself, and a ratio that reaches it is bold.",
-        "- Each side runs in a process of its own, and the rounds take turns; figures are medians over the rounds. The JSON",
-        "  files here hold every round, the resolved config, and how many cores other work took before.",
-        "- The peer is PyTorch, eager or compiled, whichever was faster, or where it says so a plain lax.scan with our",
-        "  optimiser. Memory is the process's peak, libraries and compiler included; on a GPU the device's.",
+        *(_OF_A_RATIO if compared else []),
+        "- Each side runs in a process of its own, and rounds take turns; figures are medians over the rounds. The JSON files",
+        "  here hold every round, the resolved config, and how many cores other work took before.",
+        "- Memory is the process's peak, libraries and compiler included; on a GPU the device's.",
         *(_ON_A_GPU if any(result["environment"].get("platform") == "gpu" for result in results) else []),
         *(_FORMERLY if any(_held_jax(peer, result) for result in results for peer in _peers(result).values()) else []),
     ]
