@@ -337,7 +337,7 @@ def runs(folder):
     from lm.training.train import train
 
     steps = dict(training__log_every_steps=1, training__evaluate_every_steps=3, evaluation__rows=2)
-    config = draft(write_corpus(folder / "corpus"), "lstm", model__dropout_rate=0.3, training__averaging="start", **steps)
+    config = draft(write_corpus(folder / "corpus"), "gru", model__dropout_rate=0.3, training__averaging="start", **steps)
     places = [
         dict(parallelism="sharded", num_devices=None, mesh_shape=(2, 2, 2)),
         dict(parallelism="sharded", num_devices=2, mesh_shape=None),
