@@ -76,7 +76,7 @@ def _run_missing(drafts, folder):
     corpora = sorted({draft.data.path for _, _, draft in drafts})
     if FLAGS.data_path and len(corpora) > 1:
         raise UserError(
-            f"--data_path is one corpus, but the rows to run are of {' and '.join(corpora)}; pick those of one with --only, "
+            f"--data_path is one corpus, but the rows to run are of {', '.join(corpora)}; pick those of one with --only, "
             "such as --only=ptb/"
         )
     for row, seed, draft in drafts:

@@ -201,7 +201,11 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
         "--folder is missing": [],
         "--only=nothing is in the path of no row; there are ptb/": [folder, "--only=nothing", f"--workdir={tmp_path / 'runs'}"],
         "--only is set without --workdir": [folder, "--only=ptb"],
-        "the rows to run are of data/ptb and data/wikitext-2; pick": [folder, f"--workdir={tmp_path / 'runs'}", "--data_path=x"],
+        "the rows to run are of data/ptb, data/wikitext-103, data/wikitext-2; pick": [
+            folder,
+            f"--workdir={tmp_path / 'runs'}",
+            "--data_path=x",
+        ],
         "empty.py has no SECTIONS; configs/_results.py shows": [folder, f"--tables={tmp_path / 'empty.py'}"],
         "absent.py cannot be read": [folder, f"--tables={tmp_path / 'absent.py'}"],
     }
