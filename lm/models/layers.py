@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from lm.partition import ROWS, VOCABULARY, constrain, count
 
@@ -202,6 +203,18 @@ class FeedForward(nn.Module):
         return self.outward(nn.gelu(inner_NF, approximate=self.activation == "gelu_tanh")).reshape(x_BTD.shape)
 
 
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function makes of the arguments; on a CPU before, and not in the loop of, what reads it.
+
+    XLA would make it anew for each element that reads it, or in one loop with other exponentials, of which its CPU compiler makes
+    no vector code.
+    """
+    if jax.default_backend() != "cpu":
+        return function(*arguments)
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(function)(*arguments)
+
+
 def angles(positions_BT: Array, width: int) -> Array:
     """Angles [B, T, width / 2] of position p and frequency 10000^(-2j / width) in [-π, π), to rounding at any position.
 
@@ -219,8 +232,11 @@ def angles(positions_BT: Array, width: int) -> Array:
 
 def sinusoidal(positions_BT: Array, width: int) -> Array:
     """Sinusoidal position embeddings [B, T, width] (Vaswani et al. 2017, arXiv:1706.03762): all sines, then all cosines."""
-    turn = angles(positions_BT, width)
-    return jnp.concatenate([jnp.sin(turn), jnp.cos(turn)], axis=-1)
+    return apart(_sinusoids, angles(positions_BT, width))
+
+
+def _sinusoids(turn_BTK):
+    return jnp.concatenate([jnp.sin(turn_BTK), jnp.cos(turn_BTK)], axis=-1)
 
 
 def rotate(x_BTHK: Array, positions_BT: Array) -> Array:
@@ -229,8 +245,8 @@ def rotate(x_BTHK: Array, positions_BT: Array) -> Array:
     Args:
       positions_BT: leading axis 1 where all rows have the same.
     """
-    turn = angles(positions_BT, x_BTHK.shape[-1])[:, :, None, :]
-    sine, cosine = jnp.sin(turn).astype(x_BTHK.dtype), jnp.cos(turn).astype(x_BTHK.dtype)
+    turn_BTHK = sinusoidal(positions_BT, x_BTHK.shape[-1])[:, :, None].astype(x_BTHK.dtype)
+    sine, cosine = jnp.split(turn_BTHK, 2, axis=-1)
     first, second = jnp.split(x_BTHK, 2, axis=-1)
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 

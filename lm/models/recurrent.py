@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.experimental.xla_metadata import set_xla_metadata
 
-from lm.models.layers import Dropout, Initializer, WeightDrop, gatewise, in_two_axes, segment_runs
+from lm.models.layers import Dropout, Initializer, WeightDrop, apart, gatewise, in_two_axes, segment_runs
 from lm.models.linear_recurrences import MatrixLayer, MinimalLayer
 from lm.models.scan import scan_products
 from lm.partition import ALL_ROWS, constrain, locally
@@ -46,15 +45,8 @@ def _rnn(activation):
 
 @jax.custom_jvp
 def _sigmoid(x):
-    """The sigmoid; where a CPU needs no gradient of it, in a loop of its own.
-
-    XLA would put all of a GRU's step into one loop, and its CPU compiler makes no vector code of one with several exponentials.
-    With a gradient each sigmoid is kept, so that none shares a loop.
-    """
-    if jax.default_backend() != "cpu":
-        return jax.nn.sigmoid(x)
-    with set_xla_metadata(inlineable="false"):
-        return jax.jit(jax.nn.sigmoid)(x)
+    """The sigmoid; where no gradient of it is needed, apart. With a gradient each is kept, so that none shares a loop."""
+    return apart(jax.nn.sigmoid, x)
 
 
 @_sigmoid.defjvp
