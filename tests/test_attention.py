@@ -11,7 +11,7 @@ import references
 from flax import linen as nn
 
 from lm.models import attention as attention_module
-from lm.models.attention import Attention, attend, attend_causally, causal, empty_slots, places
+from lm.models.attention import Attention, attend, attend_causally, causal, empty_slots, mix, places
 
 B, T, D, HEADS = 2, 6, 8, 2
 ZEROS = nn.initializers.zeros  # parameters are always given
@@ -116,7 +116,7 @@ def test_relative_positions_and_normed_queries_equal_numpy(rng, window, kind):
 @pytest.mark.parametrize(("queries", "scores"), [(256, 1 << 22), (2, 1 << 22), (2, 2 * 9 * 4), (1, 1)])
 def test_attention_in_blocks_of_queries_and_some_heads_at_a_time_is_attention(rng, window, queries, scores, monkeypatch):
     """Blocks of one, two or all queries; all six heads of all rows, three, or one at a time."""
-    monkeypatch.setattr(attention_module, "_QUERIES_AT_ONCE", queries)
+    monkeypatch.setattr(attention_module, "_queries_at_once", lambda: queries)
     monkeypatch.setattr(attention_module, "_SCORES_AT_ONCE", scores)
     q, k, v, cotangent = (rng.normal(size=(2, 9, 3, 4)).astype(np.float32) for _ in range(4))
 
@@ -130,6 +130,29 @@ def test_attention_in_blocks_of_queries_and_some_heads_at_a_time_is_attention(rn
     plain = gradients_of(lambda q, k, v: attend(q, k, v, causal(0, 9, 0, 9, window))[0])
     blocks = gradients_of(lambda q, k, v: attend_causally(q, k, v, window))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), blocks, plain)
+
+
+@pytest.mark.parametrize("queries", [5, 1])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_what_is_mixed_without_weights_and_its_gradients_are_those_of_a_softmax(rng, shape, queries):
+    """Also the gradient of what is added to the scores, once for all rows and heads, for each, or for all rows or heads."""
+    q, cotangent = (jnp.asarray(rng.normal(size=(2, 3, queries, 4)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(2, 3, 7, 4)), jnp.float32) for _ in range(2))
+    bias = jnp.asarray(rng.normal(size=(*shape, queries, 7)), jnp.float32).at[..., 3].set(jnp.finfo(jnp.float32).min)
+
+    def plain(q, k, v, bias):
+        return jax.nn.softmax(q @ k.swapaxes(2, 3) + bias) @ v
+
+    def run(function):
+        mixed, backward = jax.vjp(function, q, k, v, bias)
+        return mixed, function(q, k, v, bias), backward(cotangent)
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), run(mix), run(plain))
+    assert mix(*(x.astype(jnp.bfloat16) for x in (q, k, v)), bias).dtype == jnp.bfloat16
+    halves = jax.vjp(mix, *(x.astype(jnp.bfloat16) for x in (q, k, v)), bias)[1](cotangent.astype(jnp.bfloat16))
+    assert [x.dtype for x in halves] == [jnp.bfloat16] * 3 + [jnp.float32]
+    for half, whole in zip(halves, run(plain)[2], strict=True):
+        np.testing.assert_allclose(half.astype(jnp.float32), whole, atol=2**-6 * np.abs(whole).max())
 
 
 @pytest.mark.parametrize("window", [None, 3])

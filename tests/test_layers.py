@@ -191,6 +191,16 @@ def test_feed_forward_equals_numpy(rng, activation):
     assert_gradients_equal(module, nested(flat), x, cotangent, (value, (nested(d_params), d_x)))
 
 
+def test_the_exact_gelu_of_a_bfloat16_is_as_near_as_one_can_be():
+    """1 + erf(x / sqrt(2)) in so few bits would be off by half at -3."""
+    module = FeedForward(1, 1, "gelu", nn.initializers.ones, nn.initializers.ones, dtype=jnp.bfloat16)
+    x = jnp.linspace(-4, 4, 65, dtype=jnp.bfloat16)[:, None, None]
+    value = module.apply(module.init(jax.random.key(0), x), x)
+    np.testing.assert_allclose(
+        np.asarray(value, np.float64), references.gelu(np.asarray(x, np.float64))[0], rtol=2**-8, atol=1e-6
+    )
+
+
 # --- positions
 
 

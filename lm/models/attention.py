@@ -14,7 +14,6 @@ from lm.partition import HEADS, ROWS, locally
 Array = jax.Array
 
 _HEADWISE = (ROWS, None, HEADS)  # how [B, T, H, K] may be split
-_QUERIES_AT_ONCE = 256
 _MOST_BLOCKS = 8  # of queries, so that a long text does not make a long program
 _SCORES_AT_ONCE = 1 << 22  # float32 numbers, 16 MiB
 
@@ -145,16 +144,67 @@ def attend(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible_BTS: Array, drop
     Returns:
       The mixed values [B, T, H, K], and the weights [B, H, T, S] before dropout.
     """
-    # Heads before time makes both products plain batched matmuls, which XLA's CPU backend runs nearly twice as fast.
-    q_BHTK, k_BHSK, v_BHSK = (x.swapaxes(1, 2) for x in (q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BSHK, v_BSHK))
+    q_BHTK, k_BHSK, v_BHSK = _heads_first(q_BTHK, k_BSHK, v_BSHK)
+    weights_BHTS = jax.nn.softmax(_scores(q_BHTK, k_BHSK, _hiding(visible_BTS)[:, None] + shift_BHTS))
+    return jnp.matmul(dropout(weights_BHTS).astype(v_BHSK.dtype), v_BHSK).swapaxes(1, 2), weights_BHTS
+
+
+def _heads_first(q_BTHK, k_BSHK, v_BSHK):
+    """Queries over sqrt(K), keys and values, for plain batched matmuls: XLA's CPU backend runs them nearly twice as fast."""
+    return tuple(x.swapaxes(1, 2) for x in (q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BSHK, v_BSHK))
+
+
+def _hiding(visible):
+    """What is added to scores so that none counts that is not visible.
+
+    The sum is that number then, whatever the score, as if it had been selected; and a sum goes into the loop of the product
+    on a CPU, a selection does not.
+    """
+    return jnp.where(visible, 0.0, jnp.finfo(jnp.float32).min)
+
+
+def _scores(q_BHTK, k_BHSK, bias_BHTS):
     if q_BHTK.shape[2] == 1:  # keys that many queries share are worth turning, those of one are read where they lie
         scores_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
     else:
         scores_BHTS = jnp.matmul(q_BHTK, k_BHSK.swapaxes(2, 3), preferred_element_type=jnp.float32)
-    scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS + shift_BHTS, jnp.finfo(jnp.float32).min)
-    weights_BHTS = jax.nn.softmax(scores_BHTS)
-    mixed_BHTK = jnp.matmul(dropout(weights_BHTS).astype(v_BHSK.dtype), v_BHSK)
-    return mixed_BHTK.swapaxes(1, 2), weights_BHTS
+    return scores_BHTS + bias_BHTS
+
+
+@jax.custom_vjp
+def mix(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_BHTS: Array) -> Array:
+    """softmax(q k + bias) v [B, H, T, K] without its weights, which are divided by their sum where they are fewest.
+
+    Args:
+      bias_BHTS: float32; any axis may have length 1.
+    """
+    scores_BHTS = _scores(q_BHTK, k_BHSK, bias_BHTS)
+    weights_BHTS = jnp.exp(scores_BHTS - scores_BHTS.max(axis=-1, keepdims=True))
+    mixed_BHTK = jnp.matmul(weights_BHTS.astype(v_BHSK.dtype), v_BHSK, preferred_element_type=jnp.float32)
+    return (mixed_BHTK / weights_BHTS.sum(axis=-1, keepdims=True)).astype(v_BHSK.dtype)
+
+
+def _mix_forward(q_BHTK, k_BHSK, v_BHSK, bias_BHTS):
+    weights_BHTS = jax.nn.softmax(_scores(q_BHTK, k_BHSK, bias_BHTS))
+    mixed_BHTK = jnp.matmul(weights_BHTS.astype(v_BHSK.dtype), v_BHSK)
+    return mixed_BHTK, (q_BHTK, k_BHSK, v_BHSK, bias_BHTS, weights_BHTS, mixed_BHTK)
+
+
+def _mix_backward(kept, d_mixed_BHTK):
+    """Dao et al. 2022, arXiv:2205.14135, appendix B.2: what the softmax takes off is a product of what was mixed, K wide."""
+    q_BHTK, k_BHSK, v_BHSK, bias_BHTS, weights_BHTS, mixed_BHTK = kept
+    taken_off_BHT1 = jnp.sum(d_mixed_BHTK.astype(jnp.float32) * mixed_BHTK, axis=-1, keepdims=True)
+    d_weights_BHTS = jnp.matmul(d_mixed_BHTK, v_BHSK.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    d_scores_BHTS = weights_BHTS * (d_weights_BHTS - taken_off_BHT1)
+    d_bias_BHTS = d_scores_BHTS.sum(axis=[axis for axis, size in enumerate(bias_BHTS.shape) if size == 1], keepdims=True)
+    d_scores_BHTS, weights_BHTS = d_scores_BHTS.astype(q_BHTK.dtype), weights_BHTS.astype(v_BHSK.dtype)
+    d_q_BHTK = jnp.matmul(d_scores_BHTS, k_BHSK)
+    d_k_BHSK = jnp.matmul(q_BHTK.swapaxes(2, 3), d_scores_BHTS).swapaxes(2, 3)
+    d_v_BHSK = jnp.matmul(d_mixed_BHTK.swapaxes(2, 3), weights_BHTS).swapaxes(2, 3)
+    return d_q_BHTK, d_k_BHSK, d_v_BHSK, d_bias_BHTS
+
+
+mix.defvjp(_mix_forward, _mix_backward)
 
 
 def causal(first_query: int, num_queries: int, first_key: int, num_keys: int, window: int | None) -> Array:
@@ -176,20 +226,21 @@ def attend_causally(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, window: int | N
         return jax.nn.dot_product_attention(
             q_BTHK, k_BTHK, v_BTHK, is_causal=True, local_window_size=before, implementation="cudnn"
         )
-    batch_size, length, num_heads, width = q_BTHK.shape
-    block = max(_QUERIES_AT_ONCE, math.ceil(length / _MOST_BLOCKS))
+    q_BHTK, k_BHTK, v_BHTK = _heads_first(q_BTHK, k_BTHK, v_BTHK)
+    batch_size, num_heads, length, _ = q_BHTK.shape
+    block = max(_queries_at_once(), math.ceil(length / _MOST_BLOCKS))
     at_once = max(1, _SCORES_AT_ONCE // (min(block, length) * length))
     total = batch_size * num_heads
     num_parts = next(n for n in range(1, total + 1) if total % n == 0 and total <= n * at_once)
     if num_parts == 1:
-        return _attend_in_blocks(q_BTHK, k_BTHK, v_BTHK, window, block)
+        return _mix_in_blocks(q_BHTK, k_BHTK, v_BHTK, window, block).swapaxes(1, 2)
+    cut = [x.reshape(num_parts, -1, 1, *x.shape[2:]) for x in (q_BHTK, k_BHTK, v_BHTK)]
+    mixed = jax.lax.map(jax.checkpoint(lambda qkv: _mix_in_blocks(*qkv, window, block)), cut)
+    return mixed.reshape(q_BHTK.shape).swapaxes(1, 2)
 
-    def cut(x_BTHK):
-        return x_BTHK.swapaxes(1, 2).reshape(num_parts, -1, length, 1, width)
 
-    attend_some = jax.checkpoint(lambda qkv: _attend_in_blocks(*qkv, window, block))
-    mixed = jax.lax.map(attend_some, (cut(q_BTHK), cut(k_BTHK), cut(v_BTHK)))
-    return mixed.reshape(batch_size, num_heads, length, width).swapaxes(1, 2)
+def _queries_at_once():
+    return 64 if jax.default_backend() == "cpu" else 256  # a CPU's cache holds their scores
 
 
 def _flash_takes(q_BTHK):
@@ -203,14 +254,14 @@ def _has_flash(device):
     return device.platform == "gpu" and float(device.compute_capability) >= 8
 
 
-def _attend_in_blocks(q_BTHK, k_BTHK, v_BTHK, window, block):
-    length, mixed = q_BTHK.shape[1], []
+def _mix_in_blocks(q_BHTK, k_BHTK, v_BHTK, window, block):
+    length, mixed = q_BHTK.shape[2], []
     for start in range(0, length, block):
         end = min(start + block, length)
         first = 0 if window is None else max(0, start - window + 1)
-        visible_1TS = causal(start, end - start, first, end - first, window)
-        mixed.append(attend(q_BTHK[:, start:end], k_BTHK[:, first:end], v_BTHK[:, first:end], visible_1TS)[0])
-    return jnp.concatenate(mixed, axis=1)
+        bias = _hiding(causal(start, end - start, first, end - first, window))[:, None]
+        mixed.append(mix(q_BHTK[:, :, start:end], k_BHTK[:, :, first:end], v_BHTK[:, :, first:end], bias))
+    return jnp.concatenate(mixed, axis=2)
 
 
 class Attention(nn.Module):
@@ -305,7 +356,10 @@ class Attention(nn.Module):
             query, shift = q, 0.0
             if self.relative:
                 query, shift = q + self.content_bias.astype(self.dtype), self._by_distance(q, where, keys.shape[1])
-            drop = functools.partial(self.dropout, rows_B=rows_B, train=train)
-            mixed, weights = attend(query, keys, values, visible_BTS, drop, shift)
-            self.sow("intermediates", "attention_weights", weights)
+            if needs_weights:
+                drop = functools.partial(self.dropout, rows_B=rows_B, train=train)
+                mixed, weights = attend(query, keys, values, visible_BTS, drop, shift)
+                self.sow("intermediates", "attention_weights", weights)
+            else:
+                mixed = mix(*_heads_first(query, keys, values), _hiding(visible_BTS)[:, None] + shift).swapaxes(1, 2)
         return self.outward(mixed.reshape(x_ND.shape)).reshape(x_BTD.shape), after

@@ -200,7 +200,14 @@ class FeedForward(nn.Module):
         inner_NF = self.inward(x_ND)
         if self.activation == "swiglu":
             return self.outward(nn.silu(self.gate(x_ND)) * inner_NF).reshape(x_BTD.shape)
-        return self.outward(nn.gelu(inner_NF, approximate=self.activation == "gelu_tanh")).reshape(x_BTD.shape)
+        inner_NF = nn.gelu(inner_NF) if self.activation == "gelu_tanh" else _gelu(inner_NF)
+        return self.outward(inner_NF).reshape(x_BTD.shape)
+
+
+def _gelu(x):
+    """By erf: by erfc, as in flax, XLA computes an exponential too. In float32, of which the sum 1 + erf takes 24 bits."""
+    exact = x.astype(jnp.float32)
+    return (exact * (0.5 + 0.5 * jax.lax.erf(exact * np.float32(np.sqrt(0.5))))).astype(x.dtype)
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
