@@ -113,7 +113,7 @@ def test_relative_positions_and_normed_queries_equal_numpy(rng, window, kind):
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 8])
-@pytest.mark.parametrize(("queries", "scores"), [(256, 1 << 22), (2, 1 << 22), (2, 2 * 9 * 4), (1, 1)])
+@pytest.mark.parametrize(("queries", "scores"), [(256, 1 << 24), (2, 1 << 24), (2, 3 * 9 * 9), (1, 1)])
 def test_attention_in_blocks_of_queries_and_some_heads_at_a_time_is_attention(rng, window, queries, scores, monkeypatch):
     """Blocks of one, two or all queries; all six heads of all rows, three, or one at a time."""
     monkeypatch.setattr(attention_module, "_queries_at_once", lambda: queries)

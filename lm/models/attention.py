@@ -15,7 +15,7 @@ Array = jax.Array
 
 _HEADWISE = (ROWS, None, HEADS)  # how [B, T, H, K] may be split
 _MOST_BLOCKS = 8  # of queries, so that a long text does not make a long program
-_SCORES_AT_ONCE = 1 << 22  # float32 numbers, 16 MiB
+_SCORES_AT_ONCE = 1 << 24  # float32 numbers, 64 MiB, of which the half that is seen is kept for the backward pass
 
 
 @struct.dataclass
@@ -229,7 +229,7 @@ def attend_causally(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, window: int | N
     q_BHTK, k_BHTK, v_BHTK = _heads_first(q_BTHK, k_BTHK, v_BTHK)
     batch_size, num_heads, length, _ = q_BHTK.shape
     block = max(_queries_at_once(), math.ceil(length / _MOST_BLOCKS))
-    at_once = max(1, _SCORES_AT_ONCE // (min(block, length) * length))
+    at_once = max(1, _SCORES_AT_ONCE // length**2)
     total = batch_size * num_heads
     num_parts = next(n for n in range(1, total + 1) if total % n == 0 and total <= n * at_once)
     if num_parts == 1:
