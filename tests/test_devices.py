@@ -146,6 +146,11 @@ def test_no_device_of_a_mesh_holds_all_logits(emulated):
     assert "f32[40,26]" in mesh and "f32[40,104]" not in mesh and "f32[80,26]" not in mesh
 
 
+def test_a_vocabulary_that_does_not_divide_is_scored_in_blocks_as_on_one_device(emulated):
+    one, mesh = emulated["scores"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), mesh, one)
+
+
 def test_memory_of_a_step_is_told_before_it_is_taken(emulated):
     one, split = emulated["memory"][1], emulated["memory"][1, 8, 1]
     assert one["state"] > 0 and split["state"] == pytest.approx(one["state"] / 8, rel=0.05)
@@ -383,6 +388,22 @@ def loss_program(placement):
     return placement.compile(gradients, ("rows", "state")).lower(rows[0], kernel, bias, rows[1]).compile().as_text()
 
 
+def scores(placement):
+    """Of a vocabulary that four devices do not divide, in blocks of at most seven columns."""
+    from lm.models import output
+
+    output.logits_at_once, output._BLOCK, output._NARROW = (lambda: 40 * 7), 40 * 7, 7
+    rng = np.random.default_rng(1)
+    state = {"kernel": rng.normal(size=(8, 101)).astype(np.float32), "bias": rng.normal(size=101).astype(np.float32)}
+    rows = placement.put_rows((rng.normal(size=(40, 8)).astype(np.float32), rng.integers(0, 101, 40)))
+    kernel, bias = (placement.put_state(state)[name] for name in ("kernel", "bias"))
+
+    def score(hidden_ND, matrix_DV, bias_V, targets_N):
+        return tuple(output.score_tokens(hidden_ND, matrix_DV, bias_V, targets_N, False))
+
+    return placement.get_rows(placement.compile(score, ("rows",) * 3)(rows[0], kernel, bias, rows[1]))
+
+
 def sentence_of(function, *arguments):
     try:
         function(*arguments)
@@ -424,6 +445,7 @@ def compute():
         found["runs"] = runs(pathlib.Path(folder) / "runs")
         found["memory"] = memory(pathlib.Path(folder) / "memory")
     found["loss programs"] = [loss_program(placement) for placement in (Placement(1), Sharded((2, 1, 4)))]
+    found["scores"] = [scores(placement) for placement in (Placement(1), Sharded((2, 1, 4)))]  # patches: comes last
     found["too large a mesh"] = sentence_of(Sharded, (2, 8, 1))
     found["too many"] = sentence_of(Placement, 9)
     return found

@@ -91,13 +91,17 @@ def test_losses_and_their_gradient_equal_numpy(rng, monkeypatch, at_once, wide, 
     np.testing.assert_allclose(undifferentiated, sums, rtol=1e-6)
 
 
-def test_scores_in_parts_are_those_of_the_whole(rng, monkeypatch):
-    """Ties among them: the likeliest token is the first of those that are."""
+@pytest.mark.parametrize(("numbers", "columns"), [(4 * V, V), (2 * 7, 2), (3, 1)])
+def test_scores_in_parts_are_those_of_the_whole(rng, monkeypatch, numbers, columns):
+    """Ties among them: the likeliest token is the first of those that are. Parts of four tokens and the whole vocabulary; of all
+    and one, with three left over; of three and one."""
     hidden, kernel = np.zeros((7, D), np.float32), rng.normal(size=(D, V)).astype(np.float32)
     hidden[:4] = rng.normal(size=(4, D))
     targets = np.array([1, 5, 2, 0, 0, 1, 6])
     whole = score_tokens(hidden, kernel, np.zeros(V, np.float32), targets, tied=False)
     monkeypatch.setattr(outputs, "logits_at_once", lambda: PARTS)
+    monkeypatch.setattr(outputs, "_BLOCK", numbers)
+    monkeypatch.setattr(outputs, "_NARROW", columns)
     parts = score_tokens(hidden, kernel, np.zeros(V, np.float32), targets, tied=False)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole, parts)
     np.testing.assert_array_equal(parts.correct_BT[4:], [True, False, False])

@@ -16,6 +16,7 @@ Array = jax.Array
 
 _WIDE = 8192  # columns
 _AT_ONCE_CPU, _AT_ONCE = 1 << 23, 1 << 25  # float32 numbers: 32 and 128 MiB
+_BLOCK, _NARROW = 1 << 22, 2048  # float32 numbers of some tokens' logits for some of the vocabulary; columns it has at least
 _NEVER = -1e30  # a bias whose token's probability is zero
 
 
@@ -45,22 +46,30 @@ def logits_at_once(platform: str | None = None) -> int:
 
 
 def score_tokens(hidden_ND: Array, matrix: Array, bias_V: Array, targets_N: Array, tied: bool) -> TokenScores:
-    """Scores of N targets, the leaves [N] each; logits are made for some tokens at a time. The matrix is as in `loss_sums`."""
+    """Scores of N targets, the leaves [N] each. The matrix is as in `loss_sums`.
+
+    Logits are made for some tokens at a time; on a CPU rather for some of the vocabulary, whose matrix is then read once.
+    """
     vocab_size = len(bias_V)
+    numbers_at_once, columns_at_once = logits_at_once(), vocab_size
+    if jax.default_backend() == "cpu" and len(targets_N) * vocab_size > numbers_at_once:
+        numbers_at_once, columns_at_once = _BLOCK, min(_NARROW, vocab_size)
 
     def score_all(part, hidden_ND, matrix, bias_V, columns_V, targets_N):
         def score(hidden_ND, targets_N):
-            logits_NV = plain_logits(hidden_ND, matrix, bias_V, tied)
-            _, _, largest_N, normalizer_N = _exponentials(part, logits_NV)
-            here_N = jnp.where(logits_NV.max(axis=-1) == largest_N, columns_V[logits_NV.argmax(axis=-1)], vocab_size)
+            here = _summary(hidden_ND, matrix, bias_V, columns_V, targets_N, tied, vocab_size, numbers_at_once)
+            largest_N = part.max(here.largest_N, VOCABULARY)
+            total_N = part.sum(here.total_N * jnp.exp(here.largest_N - largest_N), VOCABULARY)
+            likeliest_N = part.min(jnp.where(here.largest_N == largest_N, here.likeliest_N, vocab_size), VOCABULARY)
+            normalizer_N = largest_N + jnp.log(total_N)
             return TokenScores(
-                log_prob_BT=_at(part, logits_NV, columns_V, targets_N) - normalizer_N,
-                correct_BT=part.min(here_N, VOCABULARY) == targets_N,  # of equals the first is the likeliest
-                mean_log_prob_BT=_mean(part, logits_NV, columns_V, vocab_size) - normalizer_N,
+                log_prob_BT=part.sum(here.at_target_N, VOCABULARY) - normalizer_N,
+                correct_BT=likeliest_N == targets_N,
+                mean_log_prob_BT=part.sum(here.sum_N, VOCABULARY) / vocab_size - normalizer_N,
             )
 
         num_tokens = len(targets_N)
-        cut = parts((hidden_ND, targets_N), len(bias_V))
+        cut = parts((hidden_ND, targets_N), columns_at_once, numbers_at_once)
         if cut is None:
             return score(hidden_ND, targets_N)
         scores = jax.lax.map(lambda rows: score(*rows), cut)
@@ -69,6 +78,41 @@ def score_tokens(hidden_ND: Array, matrix: Array, bias_V: Array, targets_N: Arra
     inputs = (ROWS,), *_matrix_names(tied), (ROWS,)
     score_here = locally(score_all, inputs, TokenScores((ROWS,), (ROWS,), (ROWS,)))
     return score_here(hidden_ND, *_padded(matrix, bias_V, tied), targets_N)
+
+
+class _Summary(NamedTuple):
+    """Of the logits of some columns: the largest, the sum of exp(logit - largest), the first token that has the largest, the
+    target's logit (0 where it is elsewhere), and the sum."""
+
+    largest_N: Array
+    total_N: Array
+    likeliest_N: Array
+    at_target_N: Array
+    sum_N: Array
+
+
+def _summary(hidden_ND, matrix, bias_V, columns_V, targets_N, tied, vocab_size, numbers_at_once):
+    num_tokens = len(targets_N)
+
+    def add(start, width, before):
+        def cut(x, axis=0):
+            return jax.lax.dynamic_slice_in_dim(x, start, width, axis)
+
+        columns_W, logits_NW = cut(columns_V), plain_logits(hidden_ND, cut(matrix, 0 if tied else 1), cut(bias_V), tied)
+        largest_here_N = logits_NW.max(axis=-1)
+        largest_N = jax.lax.stop_gradient(jnp.maximum(before.largest_N, largest_here_N))
+        return _Summary(
+            largest_N,
+            before.total_N * jnp.exp(before.largest_N - largest_N) + jnp.exp(logits_NW - largest_N[:, None]).sum(axis=-1),
+            jnp.where(largest_here_N > before.largest_N, columns_W[logits_NW.argmax(axis=-1)], before.likeliest_N),
+            before.at_target_N + _at_target(logits_NW, columns_W, targets_N),
+            before.sum_N + _real(logits_NW, columns_W, vocab_size).sum(axis=-1),
+        )
+
+    zero_N = jnp.zeros(num_tokens)
+    empty = _Summary(zero_N - jnp.inf, zero_N, jnp.zeros(num_tokens, columns_V.dtype), zero_N, zero_N)
+    width = max(1, numbers_at_once // num_tokens)
+    return _by_blocks(add, empty, len(bias_V), math.ceil(len(bias_V) / width))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -106,11 +150,15 @@ def _loss_sums_forward(hidden_ND, matrix, bias_V, targets_N, weights_N, tied, la
     def sum_all(part, hidden_ND, matrix, bias_V, columns_V, targets_N, weights_N):
         def add_rows(hidden_ND, targets_N, weights_N, d_matrix):
             logits_NV = plain_logits(hidden_ND, matrix, bias_V, tied)
-            exponentials_NV, total_N, _, normalizer_N = _exponentials(part, logits_NV)
-            loss = -jnp.sum((_at(part, logits_NV, columns_V, targets_N) - normalizer_N) * weights_N)
-            smooth = 0.0
+            largest_N = part.max(logits_NV.max(axis=-1), VOCABULARY)
+            exponentials_NV = jnp.exp(logits_NV - largest_N[:, None])
+            total_N = part.sum(exponentials_NV.sum(axis=-1), VOCABULARY)
+            normalizer_N = largest_N + jnp.log(total_N)
+            at_target_N = part.sum(_at_target(logits_NV, columns_V, targets_N), VOCABULARY)
+            loss, smooth = -jnp.sum((at_target_N - normalizer_N) * weights_N), 0.0
             if label_smoothing:
-                smooth = -jnp.sum((_mean(part, logits_NV, columns_V, vocab_size) - normalizer_N) * weights_N)
+                mean_N = part.sum(_real(logits_NV, columns_V, vocab_size).sum(axis=-1), VOCABULARY) / vocab_size
+                smooth = -jnp.sum((mean_N - normalizer_N) * weights_N)
             is_target_NV = columns_V == targets_N[:, None]
             d_logits_NV = exponentials_NV * (weights_N / total_N)[:, None]
             d_logits_NV -= jnp.where(is_target_NV, (1 - label_smoothing) * weights_N[:, None], 0)
@@ -171,10 +219,14 @@ def _add_matrix_gradient(d_matrix, hidden_ND, d_logits_NV, tied):
 
     if d_matrix is None:
         return product(0, vocab_size)
-    num_blocks = math.ceil(d_matrix.size / logits_at_once())
-    width, rest = divmod(vocab_size, num_blocks)
-    d_matrix = jax.lax.fori_loop(0, num_blocks, lambda i, d_matrix: add(i * width, width, d_matrix), d_matrix)
-    return add(vocab_size - rest, rest, d_matrix) if rest else d_matrix
+    return _by_blocks(add, d_matrix, vocab_size, math.ceil(d_matrix.size / logits_at_once()))
+
+
+def _by_blocks(add, carry, num_columns, num_blocks):
+    """The carry after carry = add(start, width, carry) for equal blocks of columns, and for what they leave over."""
+    width, rest = divmod(num_columns, num_blocks)
+    carry = jax.lax.fori_loop(0, num_blocks, lambda i, carry: add(i * width, width, carry), carry)
+    return add(num_columns - rest, rest, carry) if rest else carry
 
 
 def _loss_sums_backward(tied, label_smoothing, gradient, cotangents: LossSums):
@@ -208,10 +260,10 @@ def score_by_log_probs(
     return jax.tree.map(lambda leaf: leaf.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape), scores)
 
 
-def parts(rows, numbers_per_token: int):
+def parts(rows, numbers_per_token: int, numbers_at_once: int | None = None):
     """Arrays [N, ...] as [parts, N / parts, ...], filled up with zeros, so that a part's logits stay small; None: one part."""
     num_tokens = len(rows[0])
-    num_parts = math.ceil(num_tokens * numbers_per_token / logits_at_once())
+    num_parts = math.ceil(num_tokens * numbers_per_token / (numbers_at_once or logits_at_once()))
     if num_parts <= 1:
         return None
     length = math.ceil(num_tokens / num_parts)
@@ -244,26 +296,17 @@ def _padded(matrix, bias_V, tied):
     return matrix, bias_V, jnp.arange(len(bias_V))
 
 
-def _exponentials(part, logits_NV):
-    """exp(logit - largest), its sum over the vocabulary, the largest, and the logarithm of the sum of exp(logit)."""
-    largest_N = part.max(logits_NV.max(axis=-1), VOCABULARY)
-    exponentials_NV = jnp.exp(logits_NV - largest_N[:, None])
-    total_N = part.sum(exponentials_NV.sum(axis=-1), VOCABULARY)
-    return exponentials_NV, total_N, largest_N, largest_N + jnp.log(total_N)
-
-
-def _at(part, logits_NV, columns_V, targets_N):
-    """The logit of each target, from the part that has it."""
+def _at_target(logits_NV, columns_V, targets_N):
+    """The logit of each target; 0 where it is not among the columns."""
     index_N = targets_N - columns_V[0]
     has_N = (index_N >= 0) & (index_N < len(columns_V))
     found_N = jnp.take_along_axis(logits_NV, jnp.where(has_N, index_N, 0)[:, None], axis=-1)[:, 0]
-    return part.sum(jnp.where(has_N, found_N, 0), VOCABULARY)
+    return jnp.where(has_N, found_N, 0)
 
 
-def _mean(part, logits_NV, columns_V, vocab_size):
-    if count(VOCABULARY) * len(columns_V) > vocab_size:  # padded
-        logits_NV = jnp.where(columns_V < vocab_size, logits_NV, 0)
-    return part.sum(logits_NV.sum(axis=-1), VOCABULARY) / vocab_size
+def _real(logits_NV, columns_V, vocab_size):
+    """The logits, those of no token 0."""
+    return logits_NV if count(VOCABULARY) == 1 else jnp.where(columns_V < vocab_size, logits_NV, 0)
 
 
 class OutputModule(nn.Module):
