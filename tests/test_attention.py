@@ -182,14 +182,25 @@ def test_what_flash_attention_is_asked_for_is_attention(rng, window, monkeypatch
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_attention_that_shows_its_weights_mixes_the_same(rng, window):
-    attention = Attention(D, HEADS, True, nn.initializers.normal(0.5), nn.initializers.normal(0.5))
+@pytest.mark.parametrize("relative", [False, True])
+def test_attention_that_shows_its_weights_mixes_the_same(rng, window, relative):
+    normal = nn.initializers.normal(0.5)
+    attention = Attention(D, HEADS, not relative, normal, normal, relative=relative)
     x = rng.normal(size=(B, T, D)).astype(np.float32)
-    where, _ = places((B, T), None, None, window)
+    where, _ = places((B, T), None, None, window, with_distances=relative)
     params = attention.init(jax.random.key(0), x, where)
-    (shown, _), _ = attention.apply(params, x, where, mutable=["intermediates"])
-    unseen, _ = attention.apply(params, x, where)
-    np.testing.assert_allclose(unseen, shown, rtol=1e-5, atol=1e-6)
+
+    def mixed(params, shown):
+        return (
+            attention.apply(params, x, where, mutable=["intermediates"])[0][0] if shown else attention.apply(params, x, where)[0]
+        )
+
+    def with_gradient(shown):
+        return jax.value_and_grad(lambda params: jnp.sum(jnp.sin(mixed(params, shown))))(params)
+
+    np.testing.assert_allclose(mixed(params, False), mixed(params, True), rtol=1e-5, atol=1e-6)
+    # as above: the true gradient of the key's bias is zero
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), with_gradient(False), with_gradient(True))
 
 
 @pytest.mark.parametrize("window", [None, 3])
