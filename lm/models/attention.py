@@ -173,7 +173,7 @@ def _scores(q_BHTK, k_BHSK, bias_BHTS):
 
 @jax.custom_vjp
 def mix(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_BHTS: Array) -> Array:
-    """softmax(q k + bias) v [B, H, T, K] without its weights, which are divided by their sum where they are fewest.
+    """softmax(q k + bias) v [B, H, T, K], for who needs no weights: what they have mixed is divided by their sum, not they.
 
     Args:
       bias_BHTS: float32; any axis may have length 1.

@@ -205,7 +205,7 @@ class FeedForward(nn.Module):
 
 
 def _gelu(x):
-    """By erf: by erfc, as in flax, XLA computes an exponential too. In float32, of which the sum 1 + erf takes 24 bits."""
+    """By erf, in float32, since the sum 1 + erf cancels; by erfc, as in JAX, XLA would compute an exponential too."""
     exact = x.astype(jnp.float32)
     return (exact * (0.5 + 0.5 * jax.lax.erf(exact * np.float32(np.sqrt(0.5))))).astype(x.dtype)
 
