@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -392,7 +393,6 @@ def scores(placement):
     """Of a vocabulary that four devices do not divide, in blocks of at most seven columns."""
     from lm.models import output
 
-    output.logits_at_once, output._BLOCK, output._NARROW = (lambda: 40 * 7), 40 * 7, 7
     rng = np.random.default_rng(1)
     state = {"kernel": rng.normal(size=(8, 101)).astype(np.float32), "bias": rng.normal(size=101).astype(np.float32)}
     rows = placement.put_rows((rng.normal(size=(40, 8)).astype(np.float32), rng.integers(0, 101, 40)))
@@ -401,7 +401,8 @@ def scores(placement):
     def score(hidden_ND, matrix_DV, bias_V, targets_N):
         return tuple(output.score_tokens(hidden_ND, matrix_DV, bias_V, targets_N, False))
 
-    return placement.get_rows(placement.compile(score, ("rows",) * 3)(rows[0], kernel, bias, rows[1]))
+    with mock.patch.multiple(output, logits_at_once=lambda: 40 * 7, _BLOCK=40 * 7, _NARROW=7):
+        return placement.get_rows(placement.compile(score, ("rows",) * 3)(rows[0], kernel, bias, rows[1]))
 
 
 def sentence_of(function, *arguments):
@@ -445,7 +446,7 @@ def compute():
         found["runs"] = runs(pathlib.Path(folder) / "runs")
         found["memory"] = memory(pathlib.Path(folder) / "memory")
     found["loss programs"] = [loss_program(placement) for placement in (Placement(1), Sharded((2, 1, 4)))]
-    found["scores"] = [scores(placement) for placement in (Placement(1), Sharded((2, 1, 4)))]  # patches: comes last
+    found["scores"] = [scores(placement) for placement in (Placement(1), Sharded((2, 1, 4)))]
     found["too large a mesh"] = sentence_of(Sharded, (2, 8, 1))
     found["too many"] = sentence_of(Placement, 9)
     return found

@@ -173,10 +173,11 @@ def _scores(q_BHTK, k_BHSK, bias_BHTS):
 
 @jax.custom_vjp
 def mix(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, bias_BHTS: Array) -> Array:
-    """softmax(q k + bias) v [B, H, T, K], for who needs no weights: what they have mixed is divided by their sum, not they.
+    """softmax(q k + bias) v [B, H, T, K] where nobody needs the weights: what they mix is divided by their sum, not they.
 
     Args:
-      bias_BHTS: float32; any axis may have length 1.
+      q_BHTK: divided by sqrt(K) already.
+      bias_BHTS: float32, what is added to the scores; any axis may have length 1.
     """
     scores_BHTS = _scores(q_BHTK, k_BHSK, bias_BHTS)
     weights_BHTS = jnp.exp(scores_BHTS - scores_BHTS.max(axis=-1, keepdims=True))

@@ -207,7 +207,7 @@ class FeedForward(nn.Module):
 def _gelu(x):
     """By erf, in float32, since the sum 1 + erf cancels; by erfc, as in JAX, XLA would compute an exponential too."""
     exact = x.astype(jnp.float32)
-    return (exact * (0.5 + 0.5 * jax.lax.erf(exact * np.float32(np.sqrt(0.5))))).astype(x.dtype)
+    return (exact * (0.5 + 0.5 * jax.lax.erf(exact * 0.5**0.5))).astype(x.dtype)
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
