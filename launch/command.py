@@ -1,6 +1,7 @@
 """What the verbs share: flags and --help, config files with overrides, one clear sentence for what is wrong, progress."""
 
 import dataclasses
+import difflib
 import logging
 import os
 import pathlib
@@ -156,7 +157,9 @@ def load_config(path: str, overrides: list[str]) -> Config:
 
 def _get_config(file, *argument):
     if not os.path.isfile(file):
-        raise UserError(f"--config={file} is not a file; the experiments of this project are {', '.join(known_configs())}")
+        near = difflib.get_close_matches(file, known_configs(), 1)
+        hint = f"did you mean {near[0]}? The" if near else "the"
+        raise UserError(f"--config={file} is not a file; {hint} experiments of this project are {', '.join(known_configs())}")
     try:
         module = runpy.run_path(file)
         if "get_config" not in module:

@@ -147,8 +147,10 @@ def test_a_bad_config_file_is_one_sentence(body, parts, file):
 
 def test_a_config_file_that_is_not_there(tmp_path):
     for path in (str(tmp_path / "nowhere.py"), str(tmp_path), "", "x" * 5000):
-        with refused(f"--config={path} is not a file", *known_configs()):
+        with refused(f"--config={path} is not a file; the experiments of this project are", *known_configs()):
             load_config(path, [])
+    with refused("--config=configs/ptb/zarema_small.py is not a file; did you mean configs/ptb/zaremba_small.py? The"):
+        load_config("configs/ptb/zarema_small.py", [])
 
 
 def test_a_config_written_by_a_test_is_the_config(tmp_path):
