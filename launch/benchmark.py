@@ -1,4 +1,4 @@
-"""Measures speed: python -m launch.benchmark --config=configs/compare/lstm.py --mode=train --against=torch
+"""Measures speed: python -m launch.benchmark --config=configs/benchmark/lstm.py --mode=train --against=torch
 
 Runs the real work on the real batches, and nothing is kept. --mode=train takes training steps, --mode=evaluate scores the
 same batches, --mode=generate samples texts. Tells the time to the first step, with nothing compiled yet and in a second
@@ -13,7 +13,6 @@ import pathlib
 from absl import flags
 
 from launch import command
-from lm.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -42,8 +41,7 @@ flags.DEFINE_string("profile", None, "also write a trace of three units to this 
 
 
 def main(overrides):
-    if not FLAGS.config:
-        raise UserError(f"--config is missing: give one of {', '.join(command.known_configs())}, or a file of your own")
+    command.check_config_given()
     draft = command.load_config(FLAGS.config, overrides)
     from lm.benchmark.benchmark import benchmark
     from lm.benchmark.units import Generation

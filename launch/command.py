@@ -125,6 +125,12 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
     return overrides, rest
 
 
+def check_config_given() -> None:
+    """Refuses a verb that stands without its --config."""
+    if not flags.FLAGS.config:
+        raise UserError(f"--config is missing: give a config file, such as {known_configs()[0]}, or one of your own")
+
+
 def load_config(path: str, overrides: list[str]) -> Config:
     """The config that a file's get_config() returns, with overrides; the file's argument follows a colon.
 
@@ -157,9 +163,7 @@ def load_config(path: str, overrides: list[str]) -> Config:
 
 def _get_config(file, *argument):
     if not os.path.isfile(file):
-        near = difflib.get_close_matches(file, known_configs(), 1)
-        hint = f"did you mean {near[0]}? The" if near else "the"
-        raise UserError(f"--config={file} is not a file; {hint} experiments of this project are {', '.join(known_configs())}")
+        raise UserError(f"--config={file} is not a file; {_which_may_be_meant(file)}")
     try:
         module = runpy.run_path(file)
         if "get_config" not in module:
@@ -172,6 +176,17 @@ def _get_config(file, *argument):
     if not isinstance(config, Config):
         raise UserError(f"--config={file}: get_config() must return an lm.config.Config, not {type(config).__name__}")
     return config
+
+
+def _which_may_be_meant(file):
+    known = known_configs()
+    inside = [path for path in known if path.startswith(f"{file.removesuffix('/')}/")]
+    if inside:
+        return f"it holds {', '.join(inside)}"
+    near = difflib.get_close_matches(file, known, 1)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"those of this project stand in {', '.join(sorted({os.path.dirname(path) for path in known}))}"
 
 
 def known_configs() -> list[str]:

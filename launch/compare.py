@@ -2,7 +2,7 @@
 
 Each config gets a folder of its own in the workdir; what is finished is not done again, what was interrupted goes on. Then all
 are scored on valid and test under one protocol, and report.md, report.json and plots are written to the workdir. With --workdirs
-runs that are finished already are compared instead.
+runs that are finished already are compared instead, also of one config with different settings or seeds.
 """
 
 import pathlib
@@ -63,11 +63,16 @@ def main(overrides):
 
 def _named(paths, flag, parts):
     """Short names for the rows: the file's or folder's own name, with its parent's where two are alike."""
+    if not all(paths):
+        raise UserError(f"{flag}={','.join(paths)} has nothing before or behind a comma; give names with one comma between two")
     named = {parts(path)[-1]: path for path in paths}
     if len(named) < len(paths):
         named = {"-".join(parts(path)[-2:]): path for path in paths}
     if len(named) < len(paths):
-        raise UserError(f"{flag} names the same thing twice: {', '.join(paths)}")
+        raise UserError(
+            f"{flag} names the same thing twice: {', '.join(paths)}; two settings of one config are trained into two "
+            "folders by launch.train and compared by --workdirs"
+        )
     return named
 
 

@@ -14,7 +14,7 @@ from lm.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "the folder of a trained run")
-flags.DEFINE_string("split", "test", "train, valid or test")
+flags.DEFINE_string("split", None, "train, valid or test [test]")
 flags.DEFINE_string("step", "best", "the checkpoint: best (on valid), latest, or its number")
 flags.DEFINE_string("text", None, "score this text file instead of a split")
 flags.DEFINE_string("data_path", None, "where the run's corpus stands now, if it has moved")
@@ -56,6 +56,8 @@ def main(overrides):
     del overrides
     if not FLAGS.workdir:
         raise UserError("--workdir is missing: give the folder of a trained run")
+    if FLAGS.split is not None and FLAGS.text is not None:
+        raise UserError("--split and --text are both set, but one text is scored; leave one out")
     from lm import backend
     from lm.evaluation.evaluate import evaluate_run
     from lm.reporting.table import scored_context
@@ -70,7 +72,7 @@ def main(overrides):
             bar.total = total
             bar.update(scored)
 
-        result = evaluate_run(run, FLAGS.split, FLAGS.text, FLAGS.data_path, FLAGS.context, FLAGS.stride, progress, how)
+        result = evaluate_run(run, FLAGS.split or "test", FLAGS.text, FLAGS.data_path, FLAGS.context, FLAGS.stride, progress, how)
     words = f"{result['word_perplexity']:.1f}" if result["words"] else "–"
     print(f"{result['text']}, scored by {FLAGS.workdir} at step {result['checkpoint']['step']} ({run.which})")
     print(

@@ -19,8 +19,7 @@ flags.DEFINE_integer("meshes", 5, "how many meshes are told of", lower_bound=1)
 
 
 def main(overrides):
-    if not FLAGS.config:
-        raise UserError(f"--config is missing: give one of {', '.join(command.known_configs())}, or a file of your own")
+    command.check_config_given()
     draft = command.load_config(FLAGS.config, overrides)
     from lm.benchmark.plan import MACHINES, plans
     from lm.config import resolve

@@ -8,6 +8,7 @@ damaged. On several hosts that share the folder, give each --num_processes and i
 
 import os
 import pathlib
+import shlex
 import time
 
 from absl import flags
@@ -26,8 +27,7 @@ flags.DEFINE_integer("process_id", 0, "which of them this is, from 0", lower_bou
 
 
 def main(overrides):
-    if not FLAGS.config:
-        raise UserError(f"--config is missing: give one of {', '.join(command.known_configs())}, or a file of your own")
+    command.check_config_given()
     if not FLAGS.folder:
         raise UserError("--folder is missing: give a folder for the shards, such as --folder=prepared/first")
     if FLAGS.process_id >= FLAGS.num_processes:
@@ -60,7 +60,8 @@ def main(overrides):
             f"{found.missing} shards are not there yet; the last of the {FLAGS.num_processes} processes finishes {FLAGS.folder}"
         )
     else:
-        print(f"next: python -m launch.train --config={FLAGS.config} --config.data.prepared={FLAGS.folder} --workdir=…")
+        given = shlex.join([f"--config={FLAGS.config}", *overrides, f"--config.data.prepared={FLAGS.folder}"])
+        print(f"next: python -m launch.train {given} --workdir=…")
     return {"folder": FLAGS.folder, "missing": found.missing, "splits": found.splits, "seconds": seconds, "bytes": done}
 
 

@@ -57,17 +57,22 @@ def main(overrides):
 
 def _tables():
     """What stands above the sections, and the sections."""
+    from lm.reporting.results import Section
+
     if FLAGS.tables is None:
         from configs import _results
 
         return _results.OPENING, _results.SECTIONS
     try:
         found = runpy.run_path(FLAGS.tables)
-        return found["OPENING"], found["SECTIONS"]
+        opening, sections = found["OPENING"], found["SECTIONS"]
     except (OSError, SyntaxError) as error:
         raise UserError(f"--tables={FLAGS.tables} cannot be read: {error}") from None
     except KeyError as error:
         raise UserError(f"--tables={FLAGS.tables} has no {error.args[0]}; configs/_results.py shows what belongs there") from None
+    if not isinstance(opening, str) or not isinstance(sections, tuple) or not all(isinstance(one, Section) for one in sections):
+        raise UserError(f"--tables={FLAGS.tables}: OPENING must be text, SECTIONS a tuple of Section; see configs/_results.py")
+    return opening, sections
 
 
 def _run_missing(drafts, folder):

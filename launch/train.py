@@ -27,8 +27,7 @@ flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 
 
 def main(overrides):
-    if not FLAGS.config:
-        raise UserError(f"--config is missing: give one of {', '.join(command.known_configs())}, or a file of your own")
+    command.check_config_given()
     if not FLAGS.workdir and not FLAGS.dry_run:
         raise UserError("--workdir is missing: give a folder for the run, such as --workdir=runs/first")
     draft = command.load_config(FLAGS.config, overrides)

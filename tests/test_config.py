@@ -321,7 +321,11 @@ def test_given_fields_are_those_that_differ_from_the_default():
         ({}, dict(training__checkpoint_every_steps=1), None),
         ({}, dict(evaluation__rows=1), "evaluation.rows: 16 then, 1 now"),  # looks at valid are compared with each other
         ({}, dict(num_devices=2), None),
-        (dict(optimizer__schedule="cosine"), dict(training__num_steps=2000), "training.num_steps: 1000 then, 2000 now"),
+        (
+            dict(optimizer__schedule="cosine"),
+            dict(training__num_steps=2000),
+            "training.num_steps: 1000 then, 2000 now (a cosine ends with the last step)",
+        ),
         (dict(optimizer__schedule="plateau"), dict(training__num_steps=2000), None),
         (dict(NGRAM, optimizer__schedule="cosine"), dict(training__num_steps=2000), None),
     ],

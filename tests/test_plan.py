@@ -155,6 +155,9 @@ def test_the_fastest_of_what_fits_comes_first():
         plans(config, 32_768, 2, small)
     with refused("takes neither config.model.remat=matmuls"):
         plan(resolve(load_config(str(ROOT / "configs/scale/1b.py"), ["--config.model.remat=matmuls"])), 32_768, (1, 8, 1), small)
+    for file in ("compare/unigram", "compare/kneser_ney_5"):
+        with refused("takes no config.model.architecture=ngram; it takes rnn, gru, lstm, transformer"):
+            plan(resolve(load_config(str(ROOT / f"configs/{file}.py"), [])), 1_000, (1, 8, 1), small)
     projected = ["--config.model.project_output=True", "--config.model.embed_dim=16"]
     with refused("takes no config.model.project_output"):
         plan(resolve(load_config(str(ROOT / "configs/compare/lstm.py"), projected)), 1_000, (1, 8, 1), small)

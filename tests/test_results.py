@@ -196,6 +196,7 @@ def test_a_peer_stands_where_a_paper_does(tmp_path):
 
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
     (tmp_path / "empty.py").write_text("OPENING = ''\n")
+    (tmp_path / "rows.py").write_text("OPENING, SECTIONS = '', ('a row',)\n")
     folder = f"--folder={tmp_path / 'results'}"
     calls = {
         "--folder is missing": [],
@@ -207,6 +208,7 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
             "--data_path=x",
         ],
         "empty.py has no SECTIONS; configs/_results.py shows": [folder, f"--tables={tmp_path / 'empty.py'}"],
+        "rows.py: OPENING must be text, SECTIONS a tuple of Section;": [folder, f"--tables={tmp_path / 'rows.py'}"],
         "absent.py cannot be read": [folder, f"--tables={tmp_path / 'absent.py'}"],
     }
     for done, sentence in zip(

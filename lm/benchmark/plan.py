@@ -235,13 +235,16 @@ class _Sizes:
     def of(cls, config, vocab_size):
         if config.model.remat == "matmuls" or config.training.num_micro_batches > 1:
             raise UserError("a plan takes neither config.model.remat=matmuls nor micro-batches; it takes none and full")
+        if config.model.architecture not in _PLANNED:
+            raise UserError(
+                f"a plan takes no config.model.architecture={config.model.architecture}; it takes {', '.join(_PLANNED)}"
+            )
         for name, is_set in (
             ("model.project_output", config.model.project_output),
-            (f"model.architecture={config.model.architecture}", config.model.architecture not in _PLANNED),
             ("model.positions=relative", config.model.positions == "relative"),
             ("model.qk_norm", config.model.qk_norm),
             ("model.cutoffs", config.model.cutoffs),
-            ("model.num_softmaxes", config.model.num_softmaxes > 1),
+            ("model.num_softmaxes", (config.model.num_softmaxes or 1) > 1),
             ("model.mogrifier_rounds", config.model.mogrifier_rounds),
             ("data.seq_len_std", config.data.seq_len_std is not None),
         ):

@@ -65,7 +65,8 @@ def differences(old: Config, new: Config) -> list[str]:
             and vars(old.model)["architecture"] != "ngram"
         )
         if fixed and then != now:
-            found.append(f"{name}: {then} then, {now} now")
+            why = " (a cosine ends with the last step)" if name == "training.num_steps" else ""
+            found.append(f"{name}: {then} then, {now} now{why}")
     return found
 
 
