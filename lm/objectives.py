@@ -63,8 +63,9 @@ def causal_language_model(
 def activation_penalties(last_BTH, dropped_BTH, loss_weights_BT, segments_BT=None) -> tuple[jax.Array, jax.Array]:
     """Activation and temporal activation regularisation (Merity et al. 2017, arXiv:1708.01009), as sums over tokens.
 
-    Divided by the sum of the weights, the first is the mean square of the output after dropout and the second, where all
-    tokens weigh the same, that of the change from one token to the next before dropout, over the T - 1 changes there are.
+    Divided by the sum of the weights, the first is the mean square of the output after dropout and the second that of the
+    change from one token to the next before dropout, over the changes that each row has: one fewer than it has tokens, or
+    than each of its documents has. A row counts as much as its tokens.
 
     Args:
       last_BTH, dropped_BTH: the last layer's output before and after dropout, in any precision; squared in float32.
@@ -72,14 +73,13 @@ def activation_penalties(last_BTH, dropped_BTH, loss_weights_BT, segments_BT=Non
       segments_BT: between two documents, and from or to padding, there is no change.
     """
     square = jnp.sum(jnp.mean(jnp.square(dropped_BTH.astype(jnp.float32)), axis=-1) * loss_weights_BT)
-    length = last_BTH.shape[1]
-    if length == 1:
-        return square, jnp.zeros(())
     weights_BT = loss_weights_BT[:, 1:]
     if segments_BT is not None:
         weights_BT = weights_BT * ((segments_BT[:, 1:] == segments_BT[:, :-1]) & (segments_BT[:, 1:] > 0))
     change_BT = jnp.mean(jnp.square(jnp.diff(last_BTH.astype(jnp.float32), axis=1)), axis=-1)
-    return square, jnp.sum(change_BT * weights_BT) * (length / (length - 1))
+    of_changes_B, of_tokens_B = jnp.sum(weights_BT, axis=1), jnp.sum(loss_weights_BT, axis=1)
+    mean_change_B = jnp.sum(change_BT * weights_BT, axis=1) / jnp.where(of_changes_B > 0, of_changes_B, 1.0)
+    return square, jnp.sum(mean_change_B * of_tokens_B)
 
 
 def reset_rows(carry, reset_B):

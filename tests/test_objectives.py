@@ -118,17 +118,30 @@ def test_activation_penalties_are_means_where_all_tokens_weigh_the_same(rng):
 
 
 def test_activation_penalties_see_no_change_between_documents(rng):
-    """Token by token with its weight; what is beside a document or in padding cannot matter."""
+    """Token by token with its weight, row by row; what is beside a document or in padding cannot matter."""
     last, dropped = (rng.normal(size=(B, T, 5)).astype(np.float32) for _ in range(2))
     weights = (rng.uniform(0.2, 2, (B, T)) * (SEGMENTS > 0)).astype(np.float32)
     square, change = activation_penalties(last, dropped, weights, SEGMENTS)
     want_square = want_change = 0.0
     for row in range(B):
+        changes, of_changes = 0.0, 0.0
         for t in range(T):
             want_square += weights[row, t] * np.mean(np.square(dropped[row, t]))
             if t and SEGMENTS[row, t] and SEGMENTS[row, t] == SEGMENTS[row, t - 1]:
-                want_change += weights[row, t] * np.mean(np.square(last[row, t] - last[row, t - 1])) * T / (T - 1)
+                changes += weights[row, t] * np.mean(np.square(last[row, t] - last[row, t - 1]))
+                of_changes += weights[row, t]
+        want_change += changes / of_changes * weights[row].sum() if of_changes else 0.0
     np.testing.assert_allclose([square, change], [want_square, want_change], rtol=1e-6)
+
+
+def test_activation_penalties_of_a_padded_step_are_those_of_the_step(rng):
+    """Steps of random length stand in a few compiled ones: what pads them changes no penalty, nor does a row of one token."""
+    last, dropped = (rng.normal(size=(B, 9, 5)).astype(np.float32) for _ in range(2))
+    for length in (1, 4, 9):
+        valid = np.broadcast_to(np.arange(9) < length, (B, 9))
+        padded = activation_penalties(last, dropped, valid.astype(np.float32), valid.astype(np.int32))
+        alone = activation_penalties(last[:, :length], dropped[:, :length], np.ones((B, length), np.float32))
+        np.testing.assert_allclose(padded, alone, rtol=1e-6)
 
 
 def test_activation_penalties_are_in_the_objective_alone(tiny, random_params, rng):
