@@ -11,7 +11,8 @@ def melis(
     Adam without a first moment; as their code has it.
 
     What differs: that forgets its state once in a hundred steps, and its penalty on squares is part of the gradient, where
-    decay of a weight chosen here stands beside Adam's step. Its figures are with a temperature of the softmax tuned on valid.
+    decay of a weight chosen here stands beside Adam's step; and it also drops from the output after its projection. Its figures
+    are with a temperature of the softmax tuned on valid.
 
     Args:
       config: of a stream of words; changed and returned.

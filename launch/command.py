@@ -128,7 +128,7 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
 def check_config_given() -> None:
     """Refuses a verb that stands without its --config."""
     if not flags.FLAGS.config:
-        raise UserError(f"--config is missing: give a config file, such as {known_configs()[0]}, or one of your own")
+        raise UserError("--config is missing: give a config file, such as configs/compare/lstm.py, or one of your own")
 
 
 def load_config(path: str, overrides: list[str]) -> Config:

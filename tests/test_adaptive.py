@@ -12,15 +12,15 @@ from lm.config import Config, resolve
 from lm.models import output as outputs
 from lm.models.adaptive import AdaptiveEmbedding, AdaptiveOutput, clusters
 
-B, T, D, V, CUTOFFS, NARROWING = 2, 5, 8, 11, (3, 7), 2
+B, T, D, V, CUTOFFS = 2, 5, 8, 11, (3, 7)
 INIT = nn.initializers.normal(1.0)
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "free"])
+@pytest.fixture(params=[(True, 2), (False, 2), (True, 1)], ids=["tied", "free", "of one width"])
 def case(request, rng):
-    tied = request.param
-    embedding = AdaptiveEmbedding(V, D, INIT, cutoffs=CUTOFFS, narrowing=NARROWING, projection_init=INIT)
-    output = AdaptiveOutput(V, tied, D, CUTOFFS, NARROWING, INIT, INIT)
+    tied, narrowing = request.param
+    embedding = AdaptiveEmbedding(V, D, INIT, cutoffs=CUTOFFS, narrowing=narrowing, projection_init=INIT)
+    output = AdaptiveOutput(V, tied, D, CUTOFFS, narrowing, INIT, INIT)
     tokens = np.concatenate([np.arange(V), rng.integers(0, V, B * T - V)] if V < B * T else [rng.permutation(V)[: B * T]])
     tokens = tokens.reshape(B, T)
     of_embedding = embedding.init(jax.random.key(0), tokens)["params"]
@@ -35,17 +35,22 @@ def float64(tree):
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
 
 
-def log_probs_by_hand(output, of_embedding, of_output, hidden):
+def kernel(params, i):
+    """Of a cluster's projection; what is not narrower has none."""
+    return np.float64(params[f"projection_{i}"]["kernel"]) if f"projection_{i}" in params else np.eye(D)
+
+
+def log_probs_by_hand(output, of_embedding, of_output, hidden, temperature=1.0):
     """[B, T, V], softmax by softmax."""
     found, tables = float64(of_output), [of_embedding[f"table_{i}"] for i in range(3)]
     if not output.tied:
         tables = [found[f"kernel_{i}"] for i in range(3)]
     first = hidden @ np.concatenate([tables[0], found["cluster_kernel"]]).T
-    first = log_softmax(first + np.concatenate([found["bias"][:3], found["cluster_bias"]]), axis=-1)
+    first = log_softmax((first + np.concatenate([found["bias"][:3], found["cluster_bias"]])) / temperature, axis=-1)
     log_probs = [first[..., :3]]
     for i, (start, end) in enumerate([(3, 7), (7, 11)], 1):
-        narrow = hidden @ found[f"projection_{i}"]["kernel"]
-        log_probs.append(first[..., 2 + i : 3 + i] + log_softmax(narrow @ tables[i].T + found["bias"][start:end], axis=-1))
+        within = (hidden @ kernel(found, i) @ tables[i].T + found["bias"][start:end]) / temperature
+        log_probs.append(first[..., 2 + i : 3 + i] + log_softmax(within, axis=-1))
     return np.concatenate(log_probs, axis=-1)
 
 
@@ -55,21 +60,24 @@ def test_embeddings_are_projections_of_their_clusters(case):
     for place in np.ndindex(tokens.shape):
         cluster = np.searchsorted(CUTOFFS, tokens[place], side="right")
         row = np.float64(params[f"table_{cluster}"][tokens[place] - (0, *CUTOFFS)[cluster]])
-        assert row.shape == (D // NARROWING**cluster,)
-        want = row @ np.float64(params[f"projection_{cluster}"]["kernel"]) if cluster else row
+        want = row @ kernel(params, cluster) if cluster else row
         np.testing.assert_allclose(found[place], want, rtol=1e-5, atol=1e-5)
-    assert [table.shape for table in tables] == [(3, 8), (4, 4), (4, 2)]
+    assert [table.shape for table in tables] == (
+        [(3, 8), (4, 4), (4, 2)] if embedding.narrowing == 2 else [(3, 8), (4, 8), (4, 8)]
+    )
+    assert ("projection_1" in params) == (embedding.narrowing == 2)
 
 
-@pytest.mark.parametrize("at_once", [1 << 23, 3 * V])
-def test_scores_equal_numpy(case, monkeypatch, at_once):
+@pytest.mark.parametrize("at_once, temperature", [(1 << 23, 1.0), (3 * V, 1.0), (1 << 23, 1.6)])
+def test_scores_equal_numpy(case, monkeypatch, at_once, temperature):
     _, output, of_embedding, of_output, targets, hidden = case
     monkeypatch.setattr(outputs, "logits_at_once", lambda: at_once)
     tables = tuple(of_embedding[f"table_{i}"] for i in range(3))
     want = log_probs_by_hand(output, of_embedding, of_output, hidden)
     np.testing.assert_allclose(np.exp(want).sum(axis=-1), 1)
     np.testing.assert_allclose(output.apply({"params": of_output}, hidden, tables, method="logits"), want, atol=2e-5)
-    scores = output.apply({"params": of_output}, hidden, targets, tables, method="score")
+    want = log_probs_by_hand(output, of_embedding, of_output, hidden, temperature)
+    scores = output.apply({"params": of_output}, hidden, targets, tables, temperature, method="score")
     np.testing.assert_allclose(scores.log_prob_BT, np.take_along_axis(want, targets[..., None], axis=-1)[..., 0], atol=2e-5)
     np.testing.assert_array_equal(scores.correct_BT, want.argmax(axis=-1) == targets)
     np.testing.assert_allclose(scores.mean_log_prob_BT, want.mean(axis=-1), atol=2e-5)

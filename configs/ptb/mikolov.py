@@ -4,7 +4,8 @@ regularisation. Published: test 124.7.
 python -m launch.train --config=configs/ptb/mikolov.py --config.data.path=/path/to/ptb --workdir=runs/ptb_mikolov
 
 Not yet run. The paper's units are sigmoids, read from words by one matrix, and learn from one word at a time; here they are
-tanh, words come by an embedding, and a step has 20 rows. The learning rate is halved whenever valid stalls, as there.
+tanh, words come by an embedding, and a step has 20 rows. The learning rate is halved whenever valid stalls; theirs, once it has
+stalled, after every epoch.
 """
 
 from configs._common import finish

@@ -32,8 +32,8 @@ def widths(embed_dim: int, narrowing: int, number: int) -> list[int]:
 
 
 class AdaptiveEmbedding(Embedding):
-    """Tables of embeddings, that of cluster i `narrowing`^i times narrower than the first, all but it with a projection to D
-    (Baevski & Auli 2019, arXiv:1809.10853).
+    """Tables of embeddings, that of cluster i `narrowing`^i times narrower than the first, what is narrower than D with a
+    projection to D (Baevski & Auli 2019, arXiv:1809.10853).
 
     Attributes:
       cutoffs: the first token of each cluster but the first; tokens are numbered by frequency.
@@ -53,6 +53,7 @@ class AdaptiveEmbedding(Embedding):
         self.projections = [
             nn.Dense(self.embed_dim, use_bias=False, kernel_init=self.projection_init, dtype=self.dtype, name=f"projection_{i}")
             for i in range(1, len(self.clusters))
+            if self.narrowing > 1
         ]
 
     def __call__(self, tokens_BT: Array, train: bool = False) -> tuple[Array, tuple[Array, ...]]:
@@ -61,7 +62,7 @@ class AdaptiveEmbedding(Embedding):
         for i, ((start, end), table) in enumerate(zip(self.clusters, self.table, strict=True)):
             rows_BTD, table = look_up(table, jnp.clip(tokens_BT - start, 0, end - start - 1))
             tables.append(table)
-            rows_BTD = self.projections[i - 1](rows_BTD) if i else rows_BTD.astype(self.dtype)
+            rows_BTD = self.projections[i - 1](rows_BTD) if i and self.projections else rows_BTD.astype(self.dtype)
             there_BT = (tokens_BT >= start) & (tokens_BT < end)
             total_BTD += jnp.where(there_BT[..., None], rows_BTD, 0)
         return self._finished(total_BTD, tokens_BT, train), tuple(tables)
@@ -88,6 +89,7 @@ class AdaptiveOutput(OutputModule):
         self.projections = [
             nn.Dense(width, use_bias=False, kernel_init=self.projection_init, dtype=self.dtype, name=f"projection_{i}")
             for i, width in enumerate(sizes[1:], 1)
+            if self.narrowing > 1
         ]
         self.cluster_kernel = self.param("cluster_kernel", self.projection_init, (len(self.cutoffs), self.embed_dim))
         self.cluster_bias = self.param("cluster_bias", nn.initializers.zeros, (len(self.cutoffs),))
@@ -109,6 +111,8 @@ class AdaptiveOutput(OutputModule):
     def _inputs(self, hidden_BTD):
         """What each softmax reads, [N, width] each."""
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).astype(self.dtype)
+        if not self.projections:
+            return [hidden_ND] * len(self.clusters)
         return [hidden_ND, *(project(hidden_ND) for project in self.projections)]
 
     def _log_probs(self, inputs, matrices, temperature):

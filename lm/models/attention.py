@@ -268,6 +268,10 @@ def _mix_in_blocks(q_BHTK, k_BHTK, v_BHTK, window, block):
 class Attention(nn.Module):
     """Causal multi-head self-attention with a cache of keys and values.
 
+    Where training carries the cache from step to step, it holds keys and values as they were made, and no gradient passes into
+    it. Transformer-XL carries what they are made of and projects that again, so that its projections learn from the cache as
+    well, at the cost of projecting it in every step.
+
     Attributes:
       model_dim, num_heads: D and H; heads are D / H wide.
       rotary: whether queries and keys are rotated by position (keys are cached rotated).

@@ -105,7 +105,8 @@ class Embedding(nn.Module):
 
     Attributes:
       vocab_size, embed_dim: V and D.
-      word_dropout_rate: share of the vocabulary whose embeddings are zero for a step, in all rows (Gal & Ghahramani 2016).
+      word_dropout_rate: share of the vocabulary whose embeddings are zero for a step (Gal & Ghahramani 2016), the same in all
+        rows (Merity et al. 2018).
       multiplier: factor on the embedding (sqrt(D) beside sinusoidal positions, Vaswani et al. 2017).
     """
 

@@ -251,7 +251,7 @@ def _at_equal_time(runs):
     reached = ", ".join(f"{name} {result(value, 2)}" for name, value in sorted(lowest.items(), key=lambda item: item[1]))
     return (
         f"At equal training time, {duration(seconds)}, when the first was through all its steps: {reached}. These are the lowest "
-        "of the looks at valid while training; who is slower was then still on its way down its schedule of learning rates."
+        "of the looks at valid until then; the schedules of learning rates of those who are slower were not yet at their ends."
     )
 
 
