@@ -203,6 +203,43 @@ def test_hand_made_gradient_equals_the_scans_own(rng, kind, is_scaled):
     assert_close(*jax.jit(both)(arguments, cotangents))
 
 
+def test_a_mogrifier_drops_from_its_state_before_the_gating(rng):
+    """With the gradient of a plain scan, also where texts start and pads stand."""
+    cell = recurrent.cell("lstm")
+    scale = rng.choice([0, 2], (B, H)).astype(np.float32)
+    shapes = {"gates": (D + H, 4 * H), "1": (H, D), "2": (D, H), "3": (H, D)}
+    kernels = {name: rng.normal(0, 0.4, shape).astype(np.float32) for name, shape in shapes.items()}
+    bias, x = rng.normal(size=4 * H).astype(np.float32), rng.normal(size=(T, B, D)).astype(np.float32)
+    valid = rng.random((T, B)) < 0.7
+    starts = valid & (rng.random((T, B)) < 0.4)
+    arguments = x, kernels, bias, random_state(rng, "lstm")
+    cotangents = rng.normal(size=(T, B, H)).astype(np.float32), random_state(rng, "lstm")
+
+    def by_scan(x, kernels, bias, state):
+        def step(state, at_t):
+            x_BD, valid_B, starts_B = at_t
+            state = jax.tree.map(lambda s: jnp.where(starts_B[:, None], 0, s), state)
+            hidden_BH = state[-1] * scale
+            x_BD *= 2 * jax.nn.sigmoid(hidden_BH @ kernels["1"])
+            hidden_BH *= 2 * jax.nn.sigmoid(x_BD @ kernels["2"])
+            x_BD *= 2 * jax.nn.sigmoid(hidden_BH @ kernels["3"])
+            new = cell.step(0.0, x_BD @ kernels["gates"][:D] + hidden_BH @ kernels["gates"][D:] + bias, state)
+            new = jax.tree.map(lambda n, s: jnp.where(valid_B[:, None], n, s), new, state)
+            return new, new[-1]
+
+        state, hidden_TBH = jax.lax.scan(step, state, (x, valid, starts))
+        return hidden_TBH, state
+
+    def ours(*arguments):
+        return recurrent.recur_mogrified(cell, *arguments, scale, valid, starts)
+
+    def both(arguments, cotangents):
+        found, expected = (jax.vjp(run, *arguments) for run in (ours, by_scan))
+        return (found[0], found[1](cotangents)), (expected[0], expected[1](cotangents))
+
+    assert_close(*jax.jit(both)(arguments, cotangents))
+
+
 # --- PyTorch
 
 
