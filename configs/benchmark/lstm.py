@@ -1,4 +1,4 @@
-"""The speed of a LSTM of 2 × 650 in steps of 20 × 35 tokens.
+"""The speed of an LSTM of 2 × 650 in steps of 20 × 35 tokens.
 
 python -m launch.benchmark --config=configs/benchmark/lstm.py --against=torch
 """

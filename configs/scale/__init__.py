@@ -1,1 +1,1 @@
-"""Transformers beyond one device, for launch.plan and for who has the devices; nothing here has been trained."""
+"""Transformers beyond one device, for launch.plan and for whoever has the devices and the text; nothing here has been trained."""
