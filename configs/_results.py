@@ -126,18 +126,18 @@ def _part(name: str, *overrides: str, num_steps: int = 5100) -> Row:
 SECTIONS = (
     Section(
         "Published on the Penn Treebank",
-        "10,000 words, 82,430 tokens of test. What the papers report is valid / test. AWD-LSTM has the settings that its authors\n"
-        "released, with which they report 61.2 / 58.8, fine-tuned 58.8 / 56.5 and with the cache 53.2 / 52.5. The settings of dynamic\n"
-        "evaluation will be chosen on valid. The variational LSTMs' samples leave out words too, where the paper's do not.",
+        "10,000 words, 82,430 tokens of test. What the papers report is valid / test. AWD-LSTM has the settings that its\n"
+        "authors released, with which they report 61.2 / 58.8, fine-tuned 58.8 / 56.5 and with the cache 53.2 / 52.5. The\n"
+        "settings of dynamic evaluation will be chosen on valid. Samples of variational LSTMs leave out words, the paper's not.",
         "published",
         _PTB,
     ),
     Section(
         "Published on WikiText-2",
         "33,278 words, 245,569 tokens of test. The first stands beside the example itself, run here for as many epochs:\n"
-        "`python -m launch.word_language_model --data_path=/path/to/wikitext-2 --epochs=3 --json=PATH`; its time was taken with its\n"
-        "three looks at valid in it, ours without. With the settings that the authors of AWD-LSTM released they report 68.7 / 65.6, fine-tuned\n"
-        "67.4 / 64.7 and with the cache 52.2 / 50.6.",
+        "`python -m launch.word_language_model --data_path=/path/to/wikitext-2 --epochs=3 --json=PATH`; its time was taken\n"
+        "with its three looks at valid in it, ours without. With the settings that the authors of AWD-LSTM released they report\n"
+        "68.7 / 65.6, fine-tuned 67.4 / 64.7 and with the cache 52.2 / 50.6.",
         "published",
         _WIKITEXT2,
     ),

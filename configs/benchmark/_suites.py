@@ -83,7 +83,7 @@ def cpu() -> list[Measurement]:
 
 
 def gpu() -> list[Measurement]:
-    """Against PyTorch on a GPU, in bfloat16, with the extras `cuda` and `peers`; against a plain scan what PyTorch has no fast kernel for."""
+    """Against PyTorch on a GPU, in bfloat16 (extras `cuda`, `peers`); without a fast kernel in PyTorch, against a plain scan."""
     one = ("--config.num_devices=1",)
     large = ("--config.model.hidden_dim=1500", "--config.compute_dtype=bfloat16", *one)
     wide = (*large, *_shape(data__batch_size=256, data__seq_len=128))

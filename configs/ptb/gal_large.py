@@ -4,7 +4,7 @@
 python -m launch.train --config=configs/ptb/gal_large.py --config.data.path=/path/to/ptb --workdir=runs/gal_large
 
 Not yet run. The settings are those of the authors' code, which reports the last epoch and leaves out other words in each row,
-where here they are the same in all. The mean over masks: launch.evaluate --dropout_samples=100; the paper's is over a thousand, in
+here they are the same in all. The mean over masks: launch.evaluate --dropout_samples=100; the paper's is over a thousand, in
 which words stay.
 """
 
