@@ -505,10 +505,14 @@ def test_starting_from_the_best_parameters_of_another_run(runs, tmp_path):
         return lstm(other, **(values | fields))
 
     train(tuned(), str(tmp_path / "tuned"))
-    tuned_run = open_run(str(tmp_path / "tuned"))
+    tuned_run = open_run(str(tmp_path / "tuned"), "latest")
     assert tuned_run.step == 1 and tuned_run.tokenizer.symbols == source.tokenizer.symbols
     for mine, its in zip(jax.tree.leaves(tuned_run.params), jax.tree.leaves(source.params), strict=True):
         np.testing.assert_allclose(mine, its, rtol=1e-6, atol=1e-10)
+
+    looks = [line for line in tuned_run.folder.read_metrics() if line["split"] == "valid"]
+    assert [(line["step"], line["tokens"], line["epoch"]) for line in looks[:1]] == [(0, 0, 0)]  # before anything is learnt
+    assert looks[0]["loss"] == pytest.approx(looks[1]["loss"], rel=1e-5)
 
     size = source.tokenizer.vocab_size
     with refused("config.training.init_from", "another model", f"embedding/table is ({size}, 8) there and ({size}, 12) here"):
@@ -518,6 +522,22 @@ def test_starting_from_the_best_parameters_of_another_run(runs, tmp_path):
     with refused(f"{tmp_path / 'nowhere'} holds no run"):
         train(tuned(training__init_from=str(tmp_path / "nowhere")), str(tmp_path / "none"))
     assert config.training.init_from is None
+
+
+def test_parameters_that_nothing_improves_on_stay_the_best(runs, corpus, tmp_path):
+    """Also where training was broken off after the first look, and is not looked at twice."""
+    _, workdir = runs["lstm"]
+    rash = dict(optimizer__learning_rate=100.0, optimizer__clip_norm=None)
+    config = lstm(corpus, training__init_from=str(workdir), training__num_steps=4, **rash)
+    interrupt(config, tmp_path, at=1)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [0]
+    result = train(config, str(tmp_path))
+    assert (result.step, result.best_step) == (4, 0)
+    steps = [line["step"] for line in RunFolder(tmp_path).read_metrics() if line["split"] == "valid"]
+    assert steps == sorted(set(steps)) and steps[0] == 0
+    source = open_run(str(workdir))
+    for mine, its in zip(jax.tree.leaves(open_run(str(tmp_path)).params), jax.tree.leaves(source.params), strict=True):
+        np.testing.assert_array_equal(mine, its)
 
 
 def test_speed_is_told_of_the_steps_since_the_checkpoint(corpus, tmp_path):

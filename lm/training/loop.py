@@ -42,7 +42,7 @@ def run_loop(
     on_step: Callable[[int], None] = lambda step: None,
     is_asked_to_stop: Callable[[int], bool] = lambda step: False,
 ) -> Progress:
-    """Trains to the end.
+    """Trains to the end. A run that starts from another's parameters looks at valid before its first step.
 
     Args:
       state, carry: global, as they stand after `state.step` updates; carry None where segments start empty.
@@ -72,6 +72,27 @@ def run_loop(
     def batch(step):
         return placement.put_local_rows(source.batch(step, local_rows))
 
+    def place_in_run(step):
+        at = {"step": step, "tokens": int(step * tokens_per_step), "epoch": source.epoch(max(step, 1) - 1)}
+        return {**at, "seconds": round(progress.seconds, 3)}
+
+    def look(step):
+        nonlocal controls, scale, state
+        figures = evaluate(evaluation_params(state))
+        stop_if_valid_is_not_finite(step, figures["loss"], schedule(max(step, 1) - 1) * scale, checkpoints)
+        record({**place_in_run(step), "split": "valid", **figures, **shown(controls)})
+        progress.looked(step, figures["loss"])
+        controls = decide(config, controls, progress)
+        scale, state = float(controls["learning_rate_scale"]), state.replace(controls=placement.put_state(controls))
+
+    def save(step):
+        params, rest = parted(placement.to_save(state))
+        checkpoints.save(step, params, {"state": rest, "carry": placement.get_rows(carry)}, dataclasses.asdict(progress))
+
+    if training.init_from and not start and not progress.losses:  # if nothing gets better, what it started from is kept
+        look(start)
+        save(start)
+        mark = time.perf_counter()
     for step, rows in enumerate(prefetch(batch, start, training.num_steps, config.data.prefetch), start + 1):
         state, carry = (skip_fn if step in progress.left_out else step_fn)(state, carry, rows)
         on_step(step)
@@ -84,28 +105,20 @@ def run_loop(
         sums = placement.get_state(state.log_sums)  # waits for the device
         progress.seconds, mark = progress.seconds + time.perf_counter() - mark, time.perf_counter()
         act_on_bad_step(sums, training, schedule(step - 1) * scale, checkpoints)
-        where = {"step": step, "tokens": int(step * tokens_per_step), "epoch": source.epoch(step - 1)}
-        where["seconds"] = round(progress.seconds, 3)
         if logs:
             rate = float((step - logged[0]) * tokens_per_step) / max(progress.seconds - logged[1], 1e-9)
             rates = {"learning_rate": float(schedule(step - 1)) * scale, "tokens_per_second": round(rate, 1)}
-            record({**where, "split": "train", **train_figures(sums), **rates, **source.counts(step)})
+            record({**place_in_run(step), "split": "train", **train_figures(sums), **rates, **source.counts(step)})
             progress.skipped_in_a_row = 0 if sums["steps"] else progress.skipped_in_a_row + int(sums["skipped_steps"])
             if progress.skipped_in_a_row >= MOST_LEFT_OUT:
                 stop_for_many_bad_steps(progress.skipped_in_a_row, schedule(step - 1) * scale, checkpoints)
             state = state.replace(log_sums=placement.put_state(empty_log()))
             logged = (step, progress.seconds)
         if looks:
-            figures = evaluate(evaluation_params(state))
-            stop_if_valid_is_not_finite(step, figures["loss"], schedule(step - 1) * scale, checkpoints)
-            record({**where, "split": "valid", **figures, **shown(controls)})
-            progress.looked(step, figures["loss"])
-            controls = decide(config, controls, progress)
-            scale, state = float(controls["learning_rate_scale"]), state.replace(controls=placement.put_state(controls))
+            look(step)
             progress.finished = last or progress.out_of_patience(training.early_stopping)
         if saves:
-            params, rest = parted(placement.to_save(state))
-            checkpoints.save(step, params, {"state": rest, "carry": placement.get_rows(carry)}, dataclasses.asdict(progress))
+            save(step)
         if progress.finished:
             break
         if stops:
