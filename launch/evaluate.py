@@ -72,7 +72,8 @@ def main(overrides):
             bar.total = total
             bar.update(scored)
 
-        result = evaluate_run(run, FLAGS.split or "test", FLAGS.text, FLAGS.data_path, FLAGS.context, FLAGS.stride, progress, how)
+        split = "test" if FLAGS.split is None else FLAGS.split
+        result = evaluate_run(run, split, FLAGS.text, FLAGS.data_path, FLAGS.context, FLAGS.stride, progress, how)
     words = f"{result['word_perplexity']:.1f}" if result["words"] else "–"
     print(f"{result['text']}, scored by {FLAGS.workdir} at step {result['checkpoint']['step']} ({run.which})")
     print(

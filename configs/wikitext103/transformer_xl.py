@@ -2,12 +2,12 @@
 
 python -m launch.train --config=configs/wikitext103/transformer_xl.py --config.data.path=/path/to/wikitext-103 --workdir=runs/xl
 
-Not yet run; the work of several GPUs: 200,000 steps, 17 epochs. Shape and settings are those of the authors' script. Different:
-theirs normalises behind each residual branch, here it is before; has ReLU, here GELU; shares the biases of content and distance
-among layers; has no biases on queries, keys, values and their output; multiplies embeddings by the root of their width; drops
-from distances, inside the feed-forward and from the output too; and at evaluation lets a token see 640 positions back, here 300
-all through. Here the carry holds keys and values, there what they are made of (see Attention). The embedding and the tied output
-are in four clusters of one width.
+Not yet run; the work of several GPUs: 200,000 steps, 17 epochs. Shape and settings are those of the authors' script. It differs
+in that it normalises behind each residual branch, where here it is before; has ReLU, here GELU; shares the biases of content and
+distance among layers; has no biases on queries, keys, values and their output; multiplies embeddings by the root of their width;
+starts from N(0, 0.02); drops from distances, inside the feed-forward and from the output too; carries what keys and values are
+made of, here these (see Attention); and at evaluation lets a token see 640 positions back, here 300 all through. The embedding
+and the tied output are in four clusters of one width.
 """
 
 from configs._common import finish
