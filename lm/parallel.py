@@ -189,13 +189,16 @@ class Sharded(Placement):
       num_row_parts: data × fsdp.
     """
 
-    def __init__(self, mesh_shape: tuple[int, int, int]):
+    def __init__(self, mesh_shape: tuple[int, int, int], asked_for: str = "mesh_shape's product"):
         """Takes as many devices as the shape has.
+
+        Args:
+          asked_for: as in `Placement`.
 
         Raises:
           UserError: there are fewer.
         """
-        super().__init__(math.prod(mesh_shape), "mesh_shape's product")
+        super().__init__(math.prod(mesh_shape), asked_for)
         self._mesh = Mesh(np.array(self.devices).reshape(mesh_shape), (_DATA, _FSDP, _TENSOR))
         self._partition = Partition(
             self._mesh,
@@ -350,7 +353,7 @@ def place(config: Config, or_fewer: bool = False) -> Placement:
         return Placement(wanted)
     shape = config.mesh_shape
     if shape is None or (or_fewer and math.prod(shape) > present):
-        shape = (1, wanted or present, 1)
+        return Sharded((1, wanted or present, 1), "num_devices")
     return Sharded(shape)
 
 

@@ -112,7 +112,7 @@ def test_a_single_window():
 @pytest.mark.parametrize("kind", [Stream, Windows])
 def test_too_short_a_split_is_refused(kind):
     assert kind(CORPUS, 20, 5, seed=0).batch(0, slice(None)).targets_BT.shape == (20, 5)
-    with refused("made up holds 101 tokens", "config.data.batch_size 17", "config.data.seq_len 6 = 102"):
+    with refused("made up holds 101 tokens", "17 rows of config.data.seq_len 6", "config.data.batch_size smaller"):
         kind(CORPUS, 17, 6, seed=0)
 
 

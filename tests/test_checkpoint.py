@@ -299,3 +299,20 @@ def test_the_manifest_names_every_file(tmp_path):
     assert manifest["step"] == 5
     assert {tmp_path / "5" / name for name in manifest["sha256"]} == set(files(tmp_path, 5))
     assert len(manifest["sha256"]) > 3 and all(len(digest) == 64 for digest in manifest["sha256"].values())
+
+
+@pytest.mark.parametrize(
+    "steps, best, damaged, sound, now, kept",
+    [
+        ((20, 30, 40), 20, (30, 40), 20, 25, [20, 25]),
+        ((10, 20, 40), 10, (40,), 20, 30, [10, 20, 30]),
+    ],
+)
+def test_what_is_saved_after_damaged_ones_were_passed_over_is_kept(tmp_path, steps, best, damaged, sound, now, kept):
+    save(tmp_path, *steps, best=best)
+    for step in damaged:
+        (tmp_path / str(step) / "progress.json").write_text("{}")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.steps() == list(steps) and checkpoints.latest_sound() == sound
+    save(tmp_path, now, best=best)
+    assert checkpoints.steps() == kept and checkpoints.latest_sound() == now

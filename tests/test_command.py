@@ -263,7 +263,10 @@ BAD = [
     ("train --config={w}/lstm.py --workdir={w}/x --config.model.hidden_dim=0", ["config.model.hidden_dim is 0", "at least 1"]),
     ("train --config={w}/lstm.py --workdir={w}/x --config.data.path={w}/no", ["config.data.path '{w}/no' does not exist"]),
     ("train --config={w}/lstm.py --workdir={w}/x --config.data.cache_dir={w}/file", ["{w}/file cannot be written"]),
-    ("train --config={w}/lstm.py --workdir={w}/x --config.data.batch_size=1000", ["config.data.batch_size 1000 ×"]),
+    (
+        "train --config={w}/lstm.py --workdir={w}/x --config.data.batch_size=1000",
+        ["too few for 1000 rows of config.data.seq_len"],
+    ),
     ("train --config={w}/lstm.py --workdir={w}/x --config.num_devices=99", ["config.num_devices is 99", "device"]),
     ("train --config={w}/lstm.py --workdir={w}/file", ["--workdir {w}/file is a file; give a folder"]),
     ("train --config={w}/ngram.py --workdir={w}/counted --config.model.ngram_order=3", ["model.ngram_order: 2 then, 3 now"]),

@@ -29,7 +29,9 @@ def closed(*documents):
 @pytest.mark.parametrize(
     "split, tokenizer, tokens",
     [
-        # documents: one eos each, whatever the tokenizer counts in
+        # documents: one eos each, whatever the tokenizer counts in, also for one that is empty
+        (closed("b", "", "a"), WORD, [3, 0, 0, 2, 0]),
+        (closed("b", "", "a"), CHAR, [5, 0, 0, 4, 0]),
         (closed("ab\n", "\n", "b"), CHAR, [4, 5, 2, 0, 2, 0, 5, 0]),
         (closed("ab\n", "\n", "b"), BYTE, [97, 98, 10, 256, 10, 256, 98, 256]),
         # lines: one eos each, for blank ones too, and for a last one without its newline

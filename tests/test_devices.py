@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from lm.errors import UserError
-from lm.parallel import Placement, Sharded, device_summary, join_rows, mesh_sizes, split_rows, state_specs
+from lm.parallel import Placement, Sharded, device_summary, join_rows, mesh_sizes, place, split_rows, state_specs
 
 B, T, V, STEPS, LIMIT = 16, 5, 11, 3, 0.1
 EXPERIMENTS = {
@@ -200,6 +200,11 @@ def test_asking_for_two_of_one_device():
         Placement(2)
 
 
+def test_a_mesh_is_named_by_the_field_that_was_set(tiny):
+    with pytest.raises(UserError, match="config.num_devices is 2, but JAX sees 1 device"):
+        place(tiny("lstm", parallelism="sharded", num_devices=2))
+
+
 def test_one_device_checks_micro_batches_too():
     placement = Placement(1)
     placement.check_rows(6, 3)
@@ -349,13 +354,13 @@ def runs(folder):
         dict(parallelism="sharded", num_devices=2, mesh_shape=None),
         dict(parallelism="pmap", num_devices=2, mesh_shape=None),
     ]
-    for number, place in enumerate(places, 1):
-        train(changed(config, training__num_steps=3 * number, **place), str(folder / "pieces"))
+    for number, where in enumerate(places, 1):
+        train(changed(config, training__num_steps=3 * number, **where), str(folder / "pieces"))
     train(changed(config, num_devices=1), str(folder / "whole"))
     scores = []
-    for place in (places[0], dict(num_devices=1, parallelism="pmap", mesh_shape=None)):
+    for where in (places[0], dict(num_devices=1, parallelism="pmap", mesh_shape=None)):
         run = open_run(str(folder / "whole"))
-        vars(run.config).update(place)
+        vars(run.config).update(where)
         scores.append(evaluate_run(run, "test")["loss"])
         shutil.rmtree(folder / "whole" / "evaluation")
     return [*(list(RunFolder(str(folder / name)).read_metrics()) for name in ("whole", "pieces")), scores]

@@ -11,14 +11,17 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from helpers import draft, refused, untrained_run, write_corpus
+from helpers import changed, draft, refused, untrained_run, write_corpus
 
 from lm.config import Config, replaced, resolve
 from lm.data import tokenizers
 from lm.evaluation import evaluate
 from lm.evaluation.evaluate import evaluate_run
+from lm.evaluation.perplexity import Layout
+from lm.evaluation.variants import PLAIN, Dynamic, Variant
+from lm.models.build import build
 from lm.runs.folder import RunFolder
-from lm.runs.open import open_run
+from lm.runs.open import Run, open_run
 
 FIELDS = {"loss", "perplexity", "bits_per_byte", "word_perplexity", "nll_sum", "split", "text", "tokens", "bytes", "words"}
 FIELDS |= {"text_sha256", "tokenizer", "protocol", "checkpoint", "seconds", "times_scored"}
@@ -66,7 +69,7 @@ def test_a_figure_is_stored_with_its_protocol_and_can_be_recomputed(lstm, corpus
     tokenizer = tokenizers.load(lstm / "tokenizer.json")
     assert record["tokenizer"] == {"name": "char", "sha256": tokenizers.sha256(tokenizer), "vocab_size": tokenizer.vocab_size}
     assert record["protocol"] == {"context": None, "stride": None, "precision": "float32", "adaptation": None}
-    assert record["checkpoint"] == {"step": 1, "which": "best"}
+    assert record["checkpoint"] == {"step": 1, "which": "best", "params_sha256": open_run(str(lstm)).params_sha256}
     assert {total for _, total in told} == {len(text)} and sum(scored for scored, _ in told) == len(text)
 
     assert (targets.dtype, nll.dtype) == (np.int32, np.float32)
@@ -133,7 +136,7 @@ def test_what_is_not_the_run_s_own_figure_has_a_name_that_says_so(lstm, corpus, 
         record, _, nll = stored(lstm, name)
         assert record["nll_sum"] == pytest.approx(math.fsum(map(float, nll)), rel=1e-12)
     assert stored(lstm, names[0])[0]["protocol"] == {"context": 8, "stride": 4, "precision": "float32", "adaptation": None}
-    assert stored(lstm, names[2])[0]["checkpoint"] == {"step": 2, "which": "latest"}
+    assert stored(lstm, names[2])[0]["checkpoint"] == {"step": 2, "which": "latest", "params_sha256": latest.params_sha256}
     losses = {stored(lstm, name)[0]["loss"] for name in ("valid.context-8-stride-4", "valid.context-8-stride-2")}
     assert len(losses) == 2  # another context is another figure
 
@@ -277,6 +280,36 @@ def test_a_run_of_many_devices_is_scored_on_those_there_are(corpus, tmp_path):
     wide = dataclasses.replace(run, config=replaced(run.config, "data"))
     object.__setattr__(wide.config, "num_devices", 64)
     assert evaluate_run(wide, "valid")["nll_sum"] == pytest.approx(evaluate_run(run, "valid")["nll_sum"], rel=1e-6)
+
+
+def test_what_is_spread_over_devices(monkeypatch):
+    """Windows and what a mesh holds; a carried stream is one row, and dynamic evaluation one model."""
+    monkeypatch.setattr(evaluate, "place", lambda config, or_fewer: "all")
+    dynamic = Variant(Dynamic())
+    for architecture, context, parallelism, variant, spread in (
+        ("transformer", 8, "pmap", PLAIN, True),
+        ("transformer", 7, "pmap", PLAIN, True),
+        ("transformer", 8, "sharded", PLAIN, True),
+        ("lstm", None, "pmap", PLAIN, False),
+        ("lstm", None, "sharded", PLAIN, True),
+        ("lstm", None, "sharded", dynamic, False),
+    ):
+        config = resolve(changed(Config(), model__architecture=architecture, data__order="windows", parallelism=parallelism))
+        run = Run(None, config, {}, None, build(config, 10), {}, 1, "best")
+        found = evaluate._placement(run, Layout(context, context and 4, 16), variant)
+        assert (found == "all") == spread, (architecture, context, parallelism)
+
+
+def test_other_parameters_of_the_same_step_are_scored_anew(corpus, tmp_path):
+    """Of a run whose checkpoints were removed and that was trained again."""
+    workdir = untrained_run(draft(corpus), tmp_path / "run")
+    first = evaluate_run(open_run(str(workdir)), "valid")
+    shutil.rmtree(workdir / "checkpoints")
+    untrained_run(draft(corpus, seed=1), tmp_path / "other")
+    shutil.copytree(tmp_path / "other" / "checkpoints", workdir / "checkpoints")
+    again = evaluate_run(open_run(str(workdir)), "valid")
+    assert not again["stored"] and again["nll_sum"] != first["nll_sum"] and again["times_scored"] == 2
+    assert evaluate_run(open_run(str(workdir)), "valid")["stored"]
 
 
 def test_opening_a_run(lstm, tmp_path):

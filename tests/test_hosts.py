@@ -211,8 +211,8 @@ def test_what_is_wrong_in_one_process_is_told_by_all(corpus, tmp_path):
             assert code == 1 and err.startswith(f"launch.train: --workdir {tmp_path / 'run'} is in use by another run")
 
 
-def test_processes_that_read_different_texts_do_not_begin(corpus, tmp_path):
-    """Each has files of its own; a word of train differs, and no size or shape does."""
+def test_processes_of_different_texts_or_configs_do_not_begin(corpus, tmp_path):
+    """Each has files of its own; a word of train and the learning rate differ, and no size or shape does."""
     other = shutil.copytree(corpus, tmp_path / "other")
     text = (other / "train.txt").read_text()
     (other / "train.txt").write_text(text[::-1])
@@ -220,11 +220,12 @@ def test_processes_that_read_different_texts_do_not_begin(corpus, tmp_path):
     path.write_text(
         path.read_text().replace("get_config", "one_config")
         + "\n\ndef get_config():\n    import sys\n\n    config = one_config()\n"
-        + f"    if '--process_id=1' in sys.argv:\n        config.data.path = {str(other)!r}\n    return config\n"
+        + f"    if '--process_id=1' in sys.argv:\n        config.data.path = {str(other)!r}\n"
+        + "        config.optimizer.learning_rate *= 2\n    return config\n"
     )
     with job(path, tmp_path / "run", 2, 2) as processes:
         for code, _, err in ends(processes):
-            assert code == 1 and "the processes of this job do not have the same" in err and "text: give all of them" in err
+            assert code == 1 and "do not have the same text and config.optimizer.learning_rate: give all of them" in err
     assert not (tmp_path / "run" / "config.json").exists()
 
 

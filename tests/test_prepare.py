@@ -164,7 +164,9 @@ def test_any_number_of_workers_makes_the_same(big, tmp_path):
     assert contents(tmp_path / "three") == contents(whole)
     for process in (1, 0):
         if process == 1:
-            shutil.copytree(whole, tmp_path / "two", ignore=lambda _, names: [n for n in names if n != "tokenizer.json"])
+            (tmp_path / "two").mkdir()
+            for name in ("tokenizer.json", "preparation.json"):
+                shutil.copy(whole / name, tmp_path / "two")
         share = ("--workers=1", "--shard_mib=1", "--num_processes=2", f"--process_id={process}")
         done = prepared_by_verb(config, tmp_path / "two", *share)
         assert done.returncode == 0, done.stderr
@@ -345,3 +347,20 @@ def test_bad_flags(tmp_path):
     ]
     for done, sentence in zip(call_verbs(calls, tmp_path / "calls"), sentences, strict=True):
         assert done.code == 1 and sentence in done.err and "Traceback" not in done.err
+
+
+def test_a_tokenizer_that_lies_in_the_folder_before_it_is_begun_is_not_used(tmp_path):
+    """As after a beginning that was broken off, or in a run's folder."""
+    text = write_corpus(tmp_path / "text")
+    other = tokenizers.fit(draft(text, data__tokenizer="byte").data, None)
+    for name, given in (("trained", False), ("given", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        tokenizers.save(other, folder / "tokenizer.json")
+        prepare(draft(text), folder, Job(), tokenizer=tmp_path / "trained" / "tokenizer.json" if given else None)
+        made_by = tokenizers.load(folder / "tokenizer.json")
+        assert made_by.name == "char"
+        assert shards.read(folder, "config.data.prepared")[0]["train"].tokenizer_sha256 == tokenizers.sha256(made_by)
+    tokenizers.save(other, folder / "tokenizer.json")
+    with refused("tokenizer.json is not the one that the folder was begun with"):
+        prepare(draft(text), folder, Job(), tokenizer=tmp_path / "trained" / "tokenizer.json")

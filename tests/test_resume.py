@@ -15,11 +15,11 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from helpers import ROOT, changed, config_file, draft, refused, without_timings, write_corpus
+from helpers import ROOT, changed, config_file, draft, refused, untrained_run, without_timings, write_corpus
 
 from launch import compare
 from launch.console import Console
-from lm.errors import Preempted
+from lm.errors import Preempted, UserError
 from lm.parallel import place
 from lm.runs.checkpoint import Checkpoints
 from lm.runs.folder import RunFolder
@@ -522,6 +522,10 @@ def test_starting_from_the_best_parameters_of_another_run(runs, tmp_path):
     with refused(f"{tmp_path / 'nowhere'} holds no run"):
         train(tuned(training__init_from=str(tmp_path / "nowhere")), str(tmp_path / "none"))
     assert config.training.init_from is None
+    words = draft(other, "lstm", data__tokenizer="word")
+    start = untrained_run(words, tmp_path / "words")
+    with refused("config.data.min_count is 2", "config.training.init_from", "has 1; make them equal"):
+        train(changed(words, data__min_count=2, training__init_from=str(start)), str(tmp_path / "rarer"))
 
 
 def test_parameters_that_nothing_improves_on_stay_the_best(runs, corpus, tmp_path):
@@ -538,6 +542,19 @@ def test_parameters_that_nothing_improves_on_stay_the_best(runs, corpus, tmp_pat
     source = open_run(str(workdir))
     for mine, its in zip(jax.tree.leaves(open_run(str(tmp_path)).params), jax.tree.leaves(source.params), strict=True):
         np.testing.assert_array_equal(mine, its)
+
+
+def test_a_start_that_could_not_be_saved_is_looked_at_anew_and_told_once(runs, corpus, tmp_path, monkeypatch):
+    config = lstm(corpus, training__init_from=str(runs["lstm"][1]), training__num_steps=1)
+
+    def full(*_):
+        raise UserError("the disk is full")
+
+    with monkeypatch.context() as patch, refused("the disk is full"):
+        patch.setattr(Checkpoints, "_save", full)
+        train(config, str(tmp_path))
+    train(config, str(tmp_path))
+    assert [line["step"] for line in RunFolder(tmp_path).read_metrics() if line["split"] == "valid"] == [0, 1]
 
 
 def test_speed_is_told_of_the_steps_since_the_checkpoint(corpus, tmp_path):

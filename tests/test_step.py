@@ -337,6 +337,15 @@ def test_a_loss_far_above_the_recent_mean_is_a_bad_step(bigram, batch):
     assert int(step(after, None, batch)[0].log_sums["skipped_steps"]) == 1
 
 
+def test_the_recent_mean_begins_with_the_first_step_that_was_good(bigram, batch):
+    state, step = bigram(training__spike_nats=1.0, training__on_bad_step="skip", optimizer__learning_rate=1e-3)
+    for _ in range(3):
+        state, _ = step(state, None, batch.replace(loss_weights_BT=np.full((B, T), np.nan, np.float32)))
+    assert int(state.log_sums["skipped_steps"]) == 3 and float(state.recent_loss) == 0
+    state, _ = step(state, None, batch)
+    assert float(state.recent_loss) == pytest.approx(float(state.log_sums["loss"]) / batch.loss_weights_BT.sum(), rel=1e-6)
+
+
 def test_sums_go_on_from_step_to_step(bigram, batch):
     state, step = bigram()
     one, _ = step(state, None, batch)

@@ -9,6 +9,7 @@ import pytest
 from helpers import changed, draft, refused, write_corpus
 
 from lm.data import corpus, sources, tokenizers
+from lm.data.lines import joined_lines, read_lines
 from lm.data.tfds_text import prepare_text_files
 from lm.evaluation.evaluate import evaluate_run
 from lm.runs.open import open_run
@@ -47,6 +48,15 @@ def test_the_token_stream_is_that_of_the_text_source(files, prepared, tokenizer)
         (size, tokens), (text_size, text_tokens) = found["tfds"][split], found["text"][split]
         assert size == text_size and len(tokens) > 20
         np.testing.assert_array_equal(tokens, text_tokens)
+
+
+def test_pieces_are_one_text_wherever_they_are_cut(tmp_path):
+    """Also within a word, and where a line is long."""
+    text = "the cat\nsat on the mat and\n" + "on and on and " * 9_000 + "on\n\na caté"
+    for size in (3, 7, len(text)):
+        examples = [text[i : i + size] for i in range(0, len(text), size)]
+        (tmp_path / "all.txt").write_text(text)
+        assert list(joined_lines(iter(examples))) == list(read_lines(tmp_path / "all.txt"))
 
 
 def test_examples_as_documents_each_end_in_eos(files, prepared):

@@ -18,7 +18,7 @@ from lm.config.fields import (
 )
 from lm.config.rules import default_mlp_dim, dropout_rates, left_open, replaced, resolve
 from lm.config.section import Section, recording, unknown_field
-from lm.config.stored import differences, from_json, given_fields, load_resolved, to_json
+from lm.config.stored import common_values, differences, from_json, given_fields, load_resolved, to_json
 
 __all__ = [
     "ARCHITECTURES",
@@ -32,6 +32,7 @@ __all__ = [
     "OptimizerConfig",
     "Section",
     "TrainingConfig",
+    "common_values",
     "default_mlp_dim",
     "differences",
     "dropout_rates",

@@ -7,6 +7,8 @@ from lm.config.section import Section, dotted, frozen, sections, unknown_field
 from lm.config.values import check_values
 from lm.errors import UserError
 
+_OF_THE_HOST = {"data.path", "data.cache_dir", "data.prepared", "data.mixture", "data.prefetch"}  # where files stand there
+
 
 def to_json(config) -> dict:
     """Plain nested dict of a config or section, for config.json."""
@@ -68,6 +70,12 @@ def differences(old: Config, new: Config) -> list[str]:
             why = " (a cosine ends with the last step)" if name == "training.num_steps" else ""
             found.append(f"{name}: {then} then, {now} now{why}")
     return found
+
+
+def common_values(config: Config) -> dict[str, str]:
+    """What all processes of a job must have the same: each field's name ("section.field") and its value, as text."""
+    pairs = ((name, value) for name, _, value, _ in _pairs(config, config))
+    return {name: repr(value) for name, value in pairs if name not in _OF_THE_HOST}
 
 
 def _pairs(old, new):

@@ -69,8 +69,8 @@ class _Source:
         self.num_rows = self._lay_out(corpus)
         if self.num_rows < batch_size:
             raise UserError(
-                f"{corpus.name} holds {len(corpus.tokens)} tokens, fewer than one batch of config.data.batch_size {batch_size} × "
-                f"config.data.seq_len {seq_len} = {batch_size * seq_len}; make one of them smaller"
+                f"{corpus.name} holds {len(corpus.tokens)} tokens, too few for {batch_size} rows of config.data.seq_len "
+                f"{seq_len}; make that or config.data.batch_size smaller"
             )
 
     def _lay_out(self, corpus):

@@ -17,7 +17,7 @@ from lm.data.shards import Shards, pieces
 from lm.errors import UserError
 from lm.files import make_writable, sha256_of, user_cache
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,14 +142,15 @@ def _make(split, tokenizer, folder, dtype):
 def token_ids(split: sources.Split, tokenizer: tokenizers.Tokenizer) -> Iterator[np.ndarray]:
     """The ids of a split's text, line by line, as they are in a corpus."""
     for document in split.documents():
-        yield from tokenizer.encode_lines(_with_final_newline(document) if tokenizer.ends_lines else document)
+        yield from tokenizer.encode_lines(_with_final_newline(document, split.closed) if tokenizer.ends_lines else document)
         if split.closed and not tokenizer.ends_lines:
             yield np.array([tokenizer.eos], np.int32)
 
 
-def _with_final_newline(lines):
-    line = ""
+def _with_final_newline(lines, is_document):
+    """A document has one even if there is nothing in it; a part of an open text may be empty."""
+    line = "" if is_document else "\n"
     for line in lines:
         yield line
-    if line and not line.endswith("\n"):
+    if not line.endswith("\n"):
         yield "\n"

@@ -6,7 +6,7 @@ import math
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from lm.errors import UserError
 
@@ -16,6 +16,31 @@ _LONGEST = 1 << 16  # bytes of a line that are read at once
 def lines_of(text: str) -> Iterator[str]:
     """The lines of a text with their newlines; unlike str.splitlines, no other character ends a line."""
     return iter(io.StringIO(text, newline="\n"))
+
+
+def joined_lines(texts: Iterable[str]) -> Iterator[str]:
+    """The lines of texts that are one behind the other, as if they were one file; a very long line in pieces, as there."""
+    return (piece.decode() for piece in _pieces(io.BufferedReader(_Joined(texts))))
+
+
+class _Joined(io.RawIOBase):
+    """A binary file of texts, one behind the other."""
+
+    def __init__(self, texts):
+        self._texts, self._rest = iter(texts), memoryview(b"")
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self._rest:
+            text = next(self._texts, None)
+            if text is None:
+                return 0
+            self._rest = memoryview(text.encode())
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
 
 
 def read_lines(path: pathlib.Path, start: int = 0, stop: int | None = None) -> Iterator[str]:

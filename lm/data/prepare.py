@@ -86,6 +86,8 @@ def prepare(
     settings = {"data": shards.decisive(data), "tokenizer_sha256": tokenizers.sha256(made_by), "shard_bytes": shard_bytes}
     settings["tokenizer_text_sha256"] = None if tokenizer is not None else _sha256_of_text(splits["train"])
     _check_settings(folder, settings)
+    if tokenizers.sha256(tokenizers.load(folder / "tokenizer.json")) != settings["tokenizer_sha256"]:
+        raise UserError(f"{folder / 'tokenizer.json'} is not the one that the folder was begun with; use another --folder")
     at_newlines = made_by.ends_lines
     found = {}
     with _Workers(folder / "tokenizer.json", job.num_workers) as workers:
@@ -181,22 +183,26 @@ def _sha256_of_text(split):
 
 
 def _tokenizer(data, train, folder, given, job) -> tokenizers.Tokenizer:
-    path = folder / "tokenizer.json"
+    """The one that the folder was begun with, else the given one or one that is trained now, put there.
+
+    What lies there before preparation.json does is of something else, or of a beginning that was broken off.
+    """
+    path, begun = folder / "tokenizer.json", folder / "preparation.json"
     if given is not None:
         found = tokenizers.load(given)
         if found.name != data.tokenizer:
             raise UserError(f"--tokenizer={given} is a {found.name} tokenizer, but config.data.tokenizer is {data.tokenizer!r}")
-        if not path.exists():
+        if not begun.exists():
             tokenizers.save(found, path)
         return found
     started = time.monotonic()
-    while job.process_id and not path.exists():
+    while job.process_id and not begun.exists():
         if time.monotonic() - started > _PATIENCE:
             raise UserError(
-                f"process 0 has left no {path} in {_PATIENCE} s; start it, or give each process the same --tokenizer=FILE"
+                f"process 0 has left no {begun} in {_PATIENCE} s; start it, or give each process the same --tokenizer=FILE"
             )
         time.sleep(1)
-    if not path.exists():
+    if not begun.exists():
         tokenizers.save(tokenizers.fit(data, train), path)
     return tokenizers.load(path)
 

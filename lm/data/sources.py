@@ -14,7 +14,7 @@ import numpy as np
 
 from lm.config import DataConfig
 from lm.data import shards, synthetic, tfds_text
-from lm.data.lines import lines_of, read_lines
+from lm.data.lines import joined_lines, lines_of, read_lines
 from lm.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -278,7 +278,7 @@ def tfds_examples(data: DataConfig) -> dict[str, Split]:
         return (lines_of(example) for example in examples())
 
     def pieces(examples):
-        yield itertools.chain.from_iterable(documents(examples))
+        yield joined_lines(examples())
 
     closed = data.examples == "documents"
     return {

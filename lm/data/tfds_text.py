@@ -63,9 +63,14 @@ class Examples:
             for index, example in zip(indices, self._source.__getitems__(indices), strict=True):
                 text = example[self._feature]
                 try:
-                    yield text.decode() if isinstance(text, bytes) else str(text)
+                    text = text.decode() if isinstance(text, bytes) else str(text)
                 except UnicodeDecodeError:
                     raise UserError(f"example {index} of {self.name} is not UTF-8 text in feature {self._feature!r}") from None
+                if "\0" in text:
+                    raise UserError(
+                        f"example {index} of {self.name} is no text: it holds a zero byte in feature {self._feature!r}"
+                    )
+                yield text
 
 
 def _import():

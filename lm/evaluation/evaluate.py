@@ -107,7 +107,8 @@ def _earlier(run, name, wanted):
     path = run.folder.evaluation / f"{name}.json"
     earlier = read_json(path, "") if path.exists() else {}
     same = all(earlier.get(field) == value for field, value in wanted.items() if field not in ("checkpoint", "text"))
-    if same and earlier.get("checkpoint", {}).get("step") == run.step:
+    checkpoint = {"params_sha256": run.params_sha256, **earlier.get("checkpoint", {})}  # which older files do not tell
+    if same and (checkpoint.get("step"), checkpoint["params_sha256"]) == (run.step, run.params_sha256):
         with contextlib.suppress(UserError):  # without the losses of its tokens a figure is as good as not there
             read_token_scores(path.with_suffix(".npz"), earlier)
             return {**earlier, "name": name, "stored": True}
@@ -220,9 +221,9 @@ def _check_variant(run, variant, layout):
 def _placement(run, layout, variant):
     """A run of more devices than there are here is scored on those there are: the figure does not depend on them. A carried
     stream is one row, for one device; but a mesh may be needed to hold the model."""
-    takes_more = layout.context or run.config.parallelism == "sharded"
-    takes_more &= not (variant.dynamic or isinstance(run.model, Ngram))
-    return place(run.config, or_fewer=True) if takes_more else Placement(1)
+    takes_more = layout.context is not None or run.config.parallelism == "sharded"
+    takes_one = variant.dynamic is not None or isinstance(run.model, Ngram)
+    return place(run.config, or_fewer=True) if takes_more and not takes_one else Placement(1)
 
 
 def _score(run, found, layout, variant, data_path, progress):
@@ -255,7 +256,7 @@ def _scorer(run, placement, variant, rms) -> Scorer:
 def _gradient_rms(run, data_path, segment, progress):
     """Of the run's parameters over train, kept beside its figures, because it takes as long as an epoch of training; and how
     many tokens were seen for it now."""
-    path = run.folder.evaluation / f"gradient_rms.step-{run.step}.segment-{segment}.npz"
+    path = run.folder.evaluation / f"gradient_rms.step-{run.step}-{run.params_sha256[:8]}.segment-{segment}.npz"
     names = flatten_dict(run.params, sep="/")
     with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile), np.load(path) as kept:
         if {name: kept[name].shape for name in kept.files} == {name: np.shape(leaf) for name, leaf in names.items()}:
@@ -293,7 +294,7 @@ def _protocol(run, split, layout, variant):
             "adaptation": variant.adaptation,
             **variant.protocol,
         },
-        "checkpoint": {"step": run.step, "which": run.which},
+        "checkpoint": {"step": run.step, "which": run.which, "params_sha256": run.params_sha256},
     }
 
 

@@ -114,7 +114,8 @@ class Checkpoints:
             raise UserError(
                 f"the checkpoint of step {step} cannot be written to {self._folder}: {error}; earlier ones are untouched"
             ) from None
-        keep = {*self.steps()[-2:], progress.get("best_step")}
+        # what lies behind was passed over as damaged when training took up an earlier one
+        keep = {*[earlier for earlier in self.steps() if earlier <= step][-2:], progress.get("best_step")}
         for old in self._numbered():
             if old not in keep:
                 (self._folder / str(old) / "manifest.json").unlink(missing_ok=True)  # half-removed, it must not count

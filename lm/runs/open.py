@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import hashlib
 from typing import Any
 
 import jax
+import numpy as np
 
 from lm.config import Config
 from lm.data import tokenizers
@@ -36,6 +38,15 @@ class Run:
     params: Any
     step: int
     which: str
+
+    @functools.cached_property
+    def params_sha256(self) -> str:
+        """One hash of all parameters, their names and shapes."""
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} ".encode())
+            digest.update(np.ascontiguousarray(leaf))
+        return digest.hexdigest()
 
 
 def open_run(workdir: str, step: str = "best") -> Run:

@@ -86,12 +86,12 @@ def _stop(what, problem, learning_rate, checkpoints):
 
 @contextlib.contextmanager
 def recording(
-    folder: RunFolder, step: int, heard: Callable[[dict[str, Any]], None]
+    folder: RunFolder, step: int | None, heard: Callable[[dict[str, Any]], None]
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A context that gives a function which records a line of metrics; only in the first process does it do so.
 
     Args:
-      step: that training goes on from; what stood in the files behind it is cut off.
+      step: of the checkpoint that training goes on from; what stood in the files behind it is cut off. None: there is none.
       heard: told of every line from there on.
     """
     if not processes.is_first():
@@ -104,10 +104,10 @@ def recording(
 class MetricsLog:
     """metrics.jsonl, and the same scalars as TensorBoard events, both cut back to the step that training goes on from."""
 
-    def __init__(self, folder: RunFolder, step: int, heard: Callable[[dict[str, Any]], None]):
-        """Takes the files back to `step`; `heard` is told of every line from there on."""
+    def __init__(self, folder: RunFolder, step: int | None, heard: Callable[[dict[str, Any]], None]):
+        """Takes the files back to `step`, or to nothing; `heard` is told of every line from there on."""
         self._folder, self._heard = folder, heard
-        lines = folder.cut_metrics(step)
+        lines = folder.cut_metrics(-1 if step is None else step)
         shutil.rmtree(folder.tensorboard, ignore_errors=True)
         self._events = _Events(folder.tensorboard)
         for line in lines:

@@ -160,8 +160,8 @@ def train_step(
     if spike_nats is not None:
         loss, recent = sums["loss"] / weight, state.recent_loss
         good &= (state.step < _SPIKES_AFTER) | (loss < recent + spike_nats)
-        # a plain mean at first, so that it does not start at zero
-        share = jnp.maximum(1 - _MEMORY, 1 / (state.step + 1.0))
+        # a plain mean at first, so that it does not start at zero, also where the first steps were left out
+        share = jnp.where(recent == 0, 1.0, jnp.maximum(1 - _MEMORY, 1 / (state.step + 1.0)))
         state = state.replace(recent_loss=jnp.where(good, recent + share * (loss - recent), recent))
     step = state.step + 1
     log = state.log_sums

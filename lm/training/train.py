@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from lm import processes
-from lm.config import Config, resolve
+from lm.config import Config, common_values, resolve
 from lm.data import corpus, sources, tokenizers
 from lm.data.batches import BatchSource, batches
 from lm.data.corpus import Corpus
@@ -128,13 +128,20 @@ def prepare(draft: Config, folder: RunFolder | None = None) -> Experiment:
 def _tokenizer_of(config):
     """The tokenizer of the run that parameters come from: they mean nothing with another vocabulary."""
     run = RunFolder(config.training.init_from)
-    run.read_config()
+    its, _ = run.read_config()
     tokenizer = tokenizers.load(run.tokenizer)
     if tokenizer.name != config.data.tokenizer:
         raise UserError(
             f"config.training.init_from {config.training.init_from!r} has a {tokenizer.name} tokenizer, but "
             f"config.data.tokenizer is {config.data.tokenizer!r}; make them equal"
         )
+    for name in ("vocab_size", "min_count"):
+        here, there = getattr(config.data, name), getattr(its.data, name)
+        if here != there:
+            raise UserError(
+                f"config.data.{name} is {here}, but config.training.init_from {config.training.init_from!r}, whose tokenizer is "
+                f"used, has {there}; make them equal"
+            )
     return tokenizer
 
 
@@ -163,6 +170,7 @@ def train(draft: Config, workdir: str, listener: Listener | None = None) -> Trai
 
         experiment = processes.in_turn(take_up)
         named = {_FACTS.get(name, name): json.dumps(fact, sort_keys=True) for name, fact in experiment.facts.items()}
+        named |= {f"config.{name}": value for name, value in common_values(experiment.config).items()}
         differing = processes.differing(named)
         if differing:
             raise UserError(
@@ -241,7 +249,7 @@ def _train(draft, experiment, folder, checkpoints, listener):
         done = None
         while done is None:
             try:
-                with recording(folder, step, listener.recorded) as record:
+                with recording(folder, step if checkpoints.steps() else None, listener.recorded) as record:
                     done = run(state, carry, progress, record=record)
             except RollBack as bad:
                 checkpoints.wait()
