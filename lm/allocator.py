@@ -13,7 +13,9 @@ def keep_freed_memory() -> bool:
     whatever the threshold.
     """
     trim_threshold, mmap_threshold = -1, -3
-    return share_one_arena() and _glibc("mallopt", trim_threshold, (1 << 31) - 1) and _glibc("mallopt", mmap_threshold, 1 << 30)
+    # The second is all that an older glibc takes. Without either the first threshold must stay: set alone, it maps all big ones.
+    maps_few = any(_glibc("mallopt", mmap_threshold, size) for size in (1 << 30, 1 << 25))
+    return share_one_arena() and maps_few and _glibc("mallopt", trim_threshold, (1 << 31) - 1)
 
 
 def share_one_arena() -> bool:

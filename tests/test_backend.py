@@ -7,6 +7,26 @@ import sys
 
 import pytest
 
+_FAULTS = """
+import ctypes, resource, sys
+from lm.allocator import keep_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in (4 << 20, 20 << 20):
+        for _ in range(20):
+            buffer = libc.malloc(size)
+            ctypes.memset(buffer, 1, size)
+            libc.free(buffer)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+assert keep_freed_memory()
+faults()
+print(faults())
+"""
 _REPORT = """
 import ctypes, sys
 import jax, jax.numpy as jnp
@@ -24,7 +44,18 @@ libc.fclose(file)
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="the C library is not glibc")
+_IS_GLIBC = hasattr(ctypes.CDLL(None), "malloc_info")
+
+
+@pytest.mark.skipif(not _IS_GLIBC, reason="the C library is not glibc")
+def test_big_buffers_that_are_freed_are_kept():
+    done = subprocess.run(
+        [sys.executable, "-c", _FAULTS], check=True, cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert int(done.stdout) < 1_000  # mapped anew each time they cost 120,000
+
+
+@pytest.mark.skipif(not _IS_GLIBC, reason="the C library is not glibc")
 def test_all_threads_allocate_from_one_arena(tmp_path):
     # Another arena would return a step's buffers to the kernel after each step, and take them anew for the next.
     subprocess.run([sys.executable, "-c", _REPORT, tmp_path / "arenas.xml"], check=True, cwd=pathlib.Path(__file__).parents[1])

@@ -1,5 +1,7 @@
 """lm.evaluation.generate: what is drawn, that the carry changes nothing, where a text ends, and what is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,6 +125,23 @@ def test_what_may_be_drawn_and_how_often(sampling, support):
     found = shares(sampling)
     np.testing.assert_array_equal(np.flatnonzero(found), support)
     np.testing.assert_allclose(found, expected, atol=4 * 0.5 / np.sqrt(20_000))
+
+
+def test_of_equal_logits_as_many_as_asked_for_are_left():
+    logits_BV = jnp.tile(jnp.array([0.0, 1.0, 1.0, 1.0, -1.0]), (500, 1))
+    for k in (1, 2):
+        tokens_B = draw(logits_BV, jax.random.key(2), Sampling(top_k=k))
+        assert sorted(set(tokens_B.tolist())) == [1, 2][:k]
+
+
+def test_all_of_the_probability_is_every_token():
+    """Also where float32 adds up to 1 before the last: nothing is cut off."""
+    logits_BV = 2 * jax.random.normal(jax.random.key(0), (1, 50_257))
+    one, other = (
+        str(jax.make_jaxpr(functools.partial(draw, key=jax.random.key(1), sampling=sampling))(logits_BV))
+        for sampling in (Sampling(top_p=1.0), Sampling())
+    )
+    assert one == other
 
 
 def test_each_token_of_a_big_vocabulary_is_drawn_as_often_as_its_probability_says():

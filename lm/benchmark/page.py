@@ -111,7 +111,11 @@ def table(results: Sequence[Result]) -> list[str]:
 
 
 def _against_target(ratio, target):
-    return f"**{ratio:.2f}**" if target and round(ratio, 2) >= target else f"{ratio:.2f}"
+    """Bold where it is reached; one that falls short by less than is shown is cut, not rounded."""
+    if target and ratio >= target:
+        return f"**{ratio:.2f}**"
+    falls_short = target and round(ratio, 2) >= target
+    return f"{ratio - 0.005:.2f}" if falls_short else f"{ratio:.2f}"
 
 
 def _peer_speed(result, peer):

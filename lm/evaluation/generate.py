@@ -50,9 +50,10 @@ def draw(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         return logits_BV.argmax(axis=-1).astype(jnp.int32)
     logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None:
-        smallest = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < smallest, -jnp.inf, logits_BV)
-    if sampling.top_p is not None:
+        _, likeliest_BK = jax.lax.top_k(logits_BV, sampling.top_k)  # of equal ones the first
+        kept_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(len(logits_BV))[:, None], likeliest_BK].set(True)
+        logits_BV = jnp.where(kept_BV, logits_BV, -jnp.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:  # float32 may add up to 1 before the last
         falling_BV = -jnp.sort(-logits_BV, axis=-1)
         probabilities = jax.nn.softmax(falling_BV)
         needed_BV = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p

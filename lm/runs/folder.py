@@ -191,6 +191,8 @@ def _commit():
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD")[:12] + (" with changes" if git("status", "--porcelain") else "")
+        results = (f":(top,exclude)lm/{part}/results" for part in ("benchmark", "reporting"))  # what is being written is no code
+        changes = git("status", "--porcelain", "--", ":/", *results)
+        return git("rev-parse", "HEAD")[:12] + (" with changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
