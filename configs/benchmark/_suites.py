@@ -15,6 +15,7 @@ class Measurement:
       config, overrides: as on the command line.
       mode, vocab_size, num_samples, rounds, against: as the flags.
       target: the ratio to the peer that is asked for; None: none is.
+      target_share: the share of the machine's matmul peak that is asked for; None: none is.
       num_emulated: CPU devices to emulate; None: those there are.
       axis, value: of a curve, what is varied and how far.
     """
@@ -28,6 +29,7 @@ class Measurement:
     rounds: int = 5
     against: str | None = None
     target: float | None = None
+    target_share: float | None = None
     num_emulated: int | None = None
     axis: str | None = None
     value: int | None = None
@@ -88,11 +90,11 @@ def gpu() -> list[Measurement]:
     large = ("--config.model.hidden_dim=1500", "--config.compute_dtype=bfloat16", *one)
     wide = (*large, *_shape(data__batch_size=256, data__seq_len=128))
     rows = (
-        ("GPT-2 124M, 16 × 1024", "gpt2", one, 50_257, "torch", 1.1),
-        ("LSTM 2 × 1500, 20 × 35", "lstm", large, None, "torch", 1.0),
-        ("LSTM 2 × 1500, 256 × 128", "lstm", wide, None, "torch", 1.0),
-        ("RNN 2 × 1500, 20 × 35", "rnn", large, None, "scan", 3.0),
-        ("GRU 2 × 1500, 20 × 35", "gru", large, None, "scan", 3.0),
+        ("GPT-2 124M, 16 × 1024", "gpt2", one, 50_257, "torch", 1.1, 0.45),
+        ("LSTM 2 × 1500, 20 × 35", "lstm", large, None, "torch", 1.3, None),
+        ("LSTM 2 × 1500, 256 × 128", "lstm", wide, None, "torch", 1.3, None),
+        ("RNN 2 × 1500, 20 × 35", "rnn", large, None, "scan", 3.0, None),
+        ("GRU 2 × 1500, 20 × 35", "gru", large, None, "scan", 3.0, None),
         (
             "LSTM 2 × 1500 with state dropout, 20 × 35",
             "lstm",
@@ -100,12 +102,13 @@ def gpu() -> list[Measurement]:
             None,
             "scan",
             3.0,
+            None,
         ),
-        ("AWD-LSTM, 80 × 70", "awd_lstm", one, None, "torch", 1.5),
+        ("AWD-LSTM, 80 × 70", "awd_lstm", one, None, "torch", 1.5, None),
     )
     return [
-        Measurement(f"train: {name}", f"{FOLDER}/{config}.py", overrides, "train", vocab_size, 1, 3, against, target)
-        for name, config, overrides, vocab_size, against, target in rows
+        Measurement(f"train: {name}", f"{FOLDER}/{config}.py", overrides, "train", vocab_size, 1, 3, against, target, share)
+        for name, config, overrides, vocab_size, against, target, share in rows
     ]
 
 
