@@ -1,6 +1,7 @@
 """The output layer: scores, losses and their gradients against log_softmax in NumPy, tied and free, whole and in parts."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -89,6 +90,26 @@ def test_losses_and_their_gradient_equal_numpy(rng, monkeypatch, at_once, wide, 
         np.testing.assert_allclose(found, want, rtol=1e-5, atol=3e-6)
     undifferentiated = loss_sums(hidden, kernel, bias, targets, weights, False, label_smoothing)
     np.testing.assert_allclose(undifferentiated, sums, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_losses_in_bfloat16_have_logits_in_float32(rng, tied):
+    """Of what is rounded already the loss is exact; of the gradient, what goes into a product is rounded at 2**-9."""
+    hidden, kernel = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((50, D), (D, V)))
+    bias, weights = rng.normal(size=V).astype(np.float32), rng.uniform(0.2, 2, 50).astype(np.float32)
+    targets = rng.integers(0, V, 50)
+
+    def objective(hidden, kernel, bias):
+        sums = loss_sums(hidden, kernel.T if tied else kernel, bias, targets, weights, tied, 0.0)
+        return sums.objective, sums.loss
+
+    gradient, loss = jax.jit(jax.grad(objective, argnums=(0, 1, 2), has_aux=True))(hidden, kernel, bias)
+    hidden, kernel = (np.asarray(x, np.float64) for x in (hidden, kernel))
+    log_prob = log_softmax(hidden @ kernel + bias, axis=-1)
+    np.testing.assert_allclose(loss, -np.sum(weights * log_prob[np.arange(50), targets]), rtol=2e-6)
+    d_logits = weights[:, None] * (np.exp(log_prob) - np.eye(V)[targets])
+    for found, want in zip(gradient, (d_logits @ kernel.T, hidden.T @ d_logits, d_logits.sum(axis=0)), strict=True):
+        np.testing.assert_allclose(np.asarray(found, np.float64), want, atol=2**-7 * np.abs(want).max())
 
 
 @pytest.mark.parametrize(("numbers", "columns"), [(4 * V, V), (2 * 7, 2), (3, 1)])

@@ -30,14 +30,15 @@ B, T, D, H = 3, 7, 4, 5
 ZEROS = nn.initializers.zeros  # parameters are always given
 
 
-def assert_close(found, expected):
-    """Two trees of equal structure, leaf by leaf, to 2e-6 of the leaf's largest entry.
+def assert_close(found, expected, share=2e-6):
+    """Two trees of equal structure, leaf by leaf, to that share of the leaf's largest entry.
 
     float32 against float64: each entry is a sum of some dozens of products, rounded at 6e-8 of the largest of them.
     """
+    found, expected = (jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree) for tree in (found, expected))
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for (path, leaf), want in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
-        tolerance = 2e-6 * np.max(np.abs(want), initial=1)
+        tolerance = share * np.max(np.abs(want), initial=1)
         np.testing.assert_allclose(leaf, want, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
@@ -167,9 +168,10 @@ def test_masked_layer_and_gradients_equal_numpy_document_by_document(case, kind)
     assert_close((gradients[0], gradients[1], np.stack(gradients[2])), (want_d_params, want_d_x, want_d_state))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("is_scaled", [False, True])
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_hand_made_gradient_equals_the_scans_own(rng, kind, is_scaled):
+def test_hand_made_gradient_equals_the_scans_own(rng, kind, is_scaled, dtype):
     """`recur` gathers the recurrent matrix's gradient in one product; the plain scan's derivative is the other way to it."""
     cell = recurrent.cell(CELLS[kind][0][0])
     scale = rng.choice([0, 2], (B, H)).astype(np.float32) if is_scaled else None
@@ -179,16 +181,18 @@ def test_hand_made_gradient_equals_the_scans_own(rng, kind, is_scaled):
     valid = rng.random((T, B)) < 0.7
     starts = valid & (rng.random((T, B)) < 0.4)
     cotangents = (rng.normal(size=(T, B, H)).astype(np.float32), random_state(rng, kind))  # also where there is padding
-    arguments = (gates, params["recurrent_kernel"], bias, random_state(rng, kind))
+    arguments = (gates, jnp.asarray(params["recurrent_kernel"], dtype), bias, random_state(rng, kind))
+    cotangents = jnp.asarray(cotangents[0], dtype), cotangents[1]
 
     def by_scan(gates, kernel, bias, state):
         def step(state, at_t):
             gates_BG, valid_B, starts_B = at_t
             state = jax.tree.map(lambda s: jnp.where(starts_B[:, None], 0, s), state)
-            from_state = (state[-1] if scale is None else state[-1] * scale) @ kernel + bias
+            hidden = (state[-1] if scale is None else state[-1] * scale).astype(dtype)
+            from_state = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32) + bias
             new = cell.step(gates_BG, from_state, state)
             new = jax.tree.map(lambda n, s: jnp.where(valid_B[:, None], n, s), new, state)
-            return new, new[-1]
+            return new, new[-1].astype(dtype)
 
         state, hidden_TBH = jax.lax.scan(step, state, (gates, valid, starts))
         return hidden_TBH, state
@@ -200,7 +204,7 @@ def test_hand_made_gradient_equals_the_scans_own(rng, kind, is_scaled):
         found, expected = (jax.vjp(run, *arguments) for run in (by_hand, by_scan))
         return (found[0], found[1](cotangents)), (expected[0], expected[1](cotangents))
 
-    assert_close(*jax.jit(both)(arguments, cotangents))
+    assert_close(*jax.jit(both)(arguments, cotangents), 2e-6 if dtype == "float32" else 2**-6)  # bfloat16 rounds at 2**-9
 
 
 def test_a_mogrifier_drops_from_its_state_before_the_gating(rng):
