@@ -69,8 +69,8 @@ def test_the_page_says_what_the_files_say(tmp_path):
         result(1, "RNN", "rnn", 12_345, None, mode="evaluate"),
         result(0, "LSTM 2 × 200", "lstm", 12_000, both, 1.8),
         *(
-            result(2 + i, "x", model, 100 * i + 50, axis="batch size", value=2**i)
-            for i, model in enumerate(("lstm", "transformer"))
+            result(2 + i, f"{axis} {i}", ("lstm", "transformer")[i // 2], 100 * i + 50, axis=axis, value=2**i)
+            for i, axis in enumerate(("batch size", "width", "batch size", "width"))  # numbers of a suite that has grown since
         ),
     ]
     write(tmp_path, results)
@@ -99,6 +99,7 @@ def test_the_page_says_what_the_files_say(tmp_path):
     assert "| RNN | 12,345 |  |  |  |  |  | 501 MiB | 42% |" in text.splitlines()
     assert text.index("## Training") < text.index("## Evaluation") < text.index("## By batch size")
     assert "![Tokens per second and peak memory by batch size](batch_size.png)" in text
+    assert [text.count(f"## By {axis}\n") for axis in ("batch size", "width")] == [1, 1]
     assert (tmp_path / "batch_size.png").stat().st_size > 1000
     assert "- Abacus, 2 cores; Python 3.11, JAX 0.10, torch 2.13; 2026-01-01 to 2026-01-01" in text.splitlines()
 

@@ -5,7 +5,7 @@ import math
 
 import jax
 
-from lm.config import Config
+from lm.config import Config, layer_dims
 from lm.models.build import build, initialise, parameter_role
 
 TRAINING = 3  # times the operations of a forward pass: once forward, twice backward
@@ -48,6 +48,5 @@ def forward_flops_per_token(config: Config, vocab_size: int, carried_length: int
         visible = window if streams else sum(min(t, window) for t in range(1, length + 1)) / length
         attention = (6.0 if model.positions == "relative" else 4.0) * model.num_layers * model.hidden_dim * visible
     if model.architecture == "mlstm":
-        widths = model.layer_dims or (model.hidden_dim,) * model.num_layers
-        attention = sum(4.0 * width * width / model.num_heads for width in widths)
+        attention = sum(4.0 * width * width / model.num_heads for width in layer_dims(model))
     return 2.0 * entries + attention

@@ -1,6 +1,5 @@
 """The page of a folder of measurements: tables of speed beside a peer, and curves; made of the JSON files alone."""
 
-import itertools
 import json
 import math
 import pathlib
@@ -65,10 +64,13 @@ def write_page(folder: pathlib.Path, heading: str, about: str, suite: Sequence[M
         chosen = [row for row in rows if row["mode"] == mode]
         if chosen:
             lines += [f"## {title}", "", *table(chosen), ""]
-    points = [result for result in results if result["measurement"]["axis"] is not None]
-    for axis, group in itertools.groupby(points, key=lambda result: result["measurement"]["axis"]):
+    by_axis: dict[str, list[Result]] = {}
+    for wanted in suite:
+        if wanted["axis"] and wanted["name"] in found:
+            by_axis.setdefault(wanted["axis"], []).append(found[wanted["name"]])
+    for axis, points in by_axis.items():
         name = f"{axis.replace(' ', '_')}.png"
-        curves(list(group), axis).savefig(folder / name, dpi=120)
+        curves(points, axis).savefig(folder / name, dpi=120)
         lines += [f"## By {axis}", "", f"![Tokens per second and peak memory by {axis}]({name})", ""]
     left = sum(bool(wanted["axis"]) and wanted["name"] not in found for wanted in suite)
     if left:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lm.benchmark.flops import TRAINING, forward_flops_per_token
-from lm.config import Config
+from lm.config import Config, layer_dims
 from lm.errors import UserError
 from lm.models.build import build, initialise, parameter_role
 from lm.models.output import logits_at_once
@@ -201,7 +201,7 @@ def _divides(config, vocab_size, mesh_shape):
     model = config.model
     heads = model.num_heads if model.architecture == "transformer" else tensor
     rows = data * fsdp if model.architecture == "transformer" else data * fsdp * tensor
-    widths = model.layer_dims or (model.hidden_dim,)
+    widths = layer_dims(model)
     if model.architecture == "transformer":
         widths = (*widths, model.mlp_dim)
     return (
@@ -378,8 +378,7 @@ class _Step:
 
     @property
     def _widths(self):
-        model = self.config.model
-        return model.layer_dims or (model.hidden_dim,) * model.num_layers
+        return layer_dims(self.config.model)
 
     @property
     def _width(self):

@@ -14,7 +14,7 @@ import optax
 from lm.benchmark.peer_side import Start
 from lm.benchmark.refusals import refuse_extras
 from lm.benchmark.units import run_on
-from lm.config import Config, dropout_rates
+from lm.config import Config, dropout_rates, layer_dims
 from lm.data.prefetch import prefetch
 from lm.errors import UserError
 from lm.parallel import Placement, peak_bytes
@@ -95,8 +95,7 @@ class ScanPeer:
 
     def _empty(self):
         model, rows = self._config.model, self._config.data.batch_size
-        widths = model.layer_dims or (model.hidden_dim,) * model.num_layers
-        return [[jnp.zeros((rows, width))] * (2 if model.architecture == "lstm" else 1) for width in widths]
+        return [[jnp.zeros((rows, width))] * (2 if model.architecture == "lstm" else 1) for width in layer_dims(model)]
 
     def _update(self, params, opt_state, state, inputs_BT, targets_BT, key, step):
         (_, after), gradients = jax.value_and_grad(self._loss, has_aux=True)(params, state, inputs_BT, targets_BT, key)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.config import RECURRENT, Config, ModelConfig
+from lm.config import RECURRENT, Config, ModelConfig, layer_dims
 
 _NORM_EPSILON = 1e-6
 
@@ -18,16 +18,12 @@ def build(config: Config, vocab_size: int, length: int):
     return _recurrent(config, vocab_size) if config.model.architecture in RECURRENT else _transformer(config, vocab_size, length)
 
 
-def _layer_dims(model: ModelConfig) -> tuple[int, ...]:
-    return model.layer_dims or (model.hidden_dim,) * model.num_layers
-
-
 def _modules(model: ModelConfig) -> list[tuple[int, int]]:
     """(width, layers) of each torch module: one for all layers if they are equally wide and nothing is dropped in them or between
     them, else one each."""
-    layer_dims = _layer_dims(model)
-    joined = len(set(layer_dims)) == 1 and not model.dropout_rate and not model.weight_drop_rate
-    return [(layer_dims[0], len(layer_dims))] if joined else [(width, 1) for width in layer_dims]
+    widths = layer_dims(model)
+    joined = len(set(widths)) == 1 and not model.dropout_rate and not model.weight_drop_rate
+    return [(widths[0], len(widths))] if joined else [(width, 1) for width in widths]
 
 
 def _recurrent(config, vocab_size):
@@ -44,7 +40,7 @@ def _recurrent(config, vocab_size):
     class RecurrentLanguageModel(nn.Module):
         def __init__(self):
             super().__init__()
-            width = model.embed_dim or _layer_dims(model)[-1]
+            width = model.embed_dim or layer_dims(model)[-1]
             self.embedding = nn.Embedding(vocab_size, width)
             self.stack = nn.ModuleList()
             for hidden_dim, num_layers in _modules(model):

@@ -238,6 +238,11 @@ def dropout_rates(model: ModelConfig) -> list[str]:
     return [name for name, value in vars(model).items() if name.endswith("_rate") and value]
 
 
+def layer_dims(model: ModelConfig) -> tuple[int, ...]:
+    """The width of each layer, of a config whose widths are solved."""
+    return model.layer_dims or (model.hidden_dim,) * model.num_layers
+
+
 def default_mlp_dim(model: ModelConfig) -> int:
     """Four times the width; two thirds of that for SwiGLU, which has three matrices (Shazeer 2020, arXiv:2002.05202)."""
     return model.hidden_dim * 4 if model.activation != "swiglu" else math.ceil(model.hidden_dim * 8 / 3)

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lm.config import RECURRENT, Config, default_mlp_dim, replaced
+from lm.config import RECURRENT, Config, default_mlp_dim, layer_dims, replaced
 from lm.errors import UserError
 from lm.models.adaptive import AdaptiveEmbedding, AdaptiveOutput
 from lm.models.language_model import LanguageModel
@@ -46,10 +46,10 @@ def build(config: Config, vocab_size: int) -> LanguageModel | Ngram:
 
 
 def _recurrent(model, dtype):
-    layer_dims = model.layer_dims or (model.hidden_dim,) * model.num_layers
+    widths = layer_dims(model)
     stack = RecurrentStack(
         name_of_cell=model.architecture,
-        layer_dims=layer_dims,
+        layer_dims=widths,
         skip_connections=bool(model.skip_connections),
         kernel_init=initializer(model.kernel_init, model.init_scale),
         recurrent_init=initializer(model.recurrent_init or model.kernel_init, model.init_scale),
@@ -68,7 +68,7 @@ def _recurrent(model, dtype):
         forget_bias=model.forget_bias or 0.0,
         dtype=dtype,
     )
-    return stack, model.embed_dim or layer_dims[-1], 1.0
+    return stack, model.embed_dim or widths[-1], 1.0
 
 
 def _transformer(model, dtype):
