@@ -3,13 +3,15 @@
 import os
 import pathlib
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
 from helpers import changed, draft, refused, write_corpus
 
-from lm.data import corpus, sources, tokenizers
-from lm.data.lines import joined_lines, read_lines
+from lm.config import Config
+from lm.data import corpus, sources, tfds_text, tokenizers
+from lm.data.lines import read_lines
 from lm.data.tfds_text import prepare_text_files
 from lm.evaluation.evaluate import evaluate_run
 from lm.runs.open import open_run
@@ -50,13 +52,17 @@ def test_the_token_stream_is_that_of_the_text_source(files, prepared, tokenizer)
         np.testing.assert_array_equal(tokens, text_tokens)
 
 
-def test_pieces_are_one_text_wherever_they_are_cut(tmp_path):
+def test_pieces_are_one_text_wherever_they_are_cut(tmp_path, monkeypatch):
     """Also within a word, and where a line is long."""
     text = "the cat\nsat on the mat and\n" + "on and on and " * 9_000 + "on\n\na caté"
     for size in (3, 7, len(text)):
         examples = [text[i : i + size] for i in range(0, len(text), size)]
         (tmp_path / "all.txt").write_text(text)
-        assert list(joined_lines(iter(examples))) == list(read_lines(tmp_path / "all.txt"))
+        found = mock.Mock(return_value=iter(examples))
+        found.name = "cut up"
+        monkeypatch.setattr(tfds_text, "load", lambda data, found=found: {"train": found})
+        (document,) = sources.tfds_examples(Config().data)["train"].documents()
+        assert list(document) == list(read_lines(tmp_path / "all.txt"))
 
 
 def test_examples_as_documents_each_end_in_eos(files, prepared):
