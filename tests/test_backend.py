@@ -44,10 +44,9 @@ libc.fclose(file)
 """
 
 
-_IS_GLIBC = hasattr(ctypes.CDLL(None), "malloc_info")
+pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="the C library is not glibc")
 
 
-@pytest.mark.skipif(not _IS_GLIBC, reason="the C library is not glibc")
 def test_big_buffers_that_are_freed_are_kept():
     done = subprocess.run(
         [sys.executable, "-c", _FAULTS], check=True, cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True
@@ -55,7 +54,6 @@ def test_big_buffers_that_are_freed_are_kept():
     assert int(done.stdout) < 1_000  # mapped anew each time they cost 120,000
 
 
-@pytest.mark.skipif(not _IS_GLIBC, reason="the C library is not glibc")
 def test_all_threads_allocate_from_one_arena(tmp_path):
     # Another arena would return a step's buffers to the kernel after each step, and take them anew for the next.
     subprocess.run([sys.executable, "-c", _REPORT, tmp_path / "arenas.xml"], check=True, cwd=pathlib.Path(__file__).parents[1])

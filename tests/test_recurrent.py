@@ -168,6 +168,38 @@ def test_masked_layer_and_gradients_equal_numpy_document_by_document(case, kind)
     assert_close((gradients[0], gradients[1], np.stack(gradients[2])), (want_d_params, want_d_x, want_d_state))
 
 
+def plain_scan(step, dtype="float32"):
+    """The scan of `step(arguments, input, state) -> state` over valid tokens, emptied at starts, as what JAX can derive."""
+
+    def run(arguments, inputs_T, state, valid_TB, starts_TB):
+        def masked(state, at_t):
+            inputs, valid_B, starts_B = at_t
+            state = jax.tree.map(lambda s: jnp.where(starts_B[:, None], 0, s), state)
+            new = step(arguments, inputs, state)
+            new = jax.tree.map(lambda n, s: jnp.where(valid_B[:, None], n, s), new, state)
+            return new, new[-1].astype(dtype)
+
+        state, hidden_TBH = jax.lax.scan(masked, state, (inputs_T, valid_TB, starts_TB))
+        return hidden_TBH, state
+
+    return run
+
+
+def values_and_gradients(runs, arguments, cotangents):
+    """Of each of the functions of the arguments: what it gives, and what that hands back."""
+
+    def of_all(arguments, cotangents):
+        derived = [jax.vjp(run, *arguments) for run in runs]
+        return [(found, backward(cotangents)) for found, backward in derived]
+
+    return jax.jit(of_all)(arguments, cotangents)
+
+
+def random_masks(rng):
+    valid = rng.random((T, B)) < 0.7
+    return valid, valid & (rng.random((T, B)) < 0.4)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("is_scaled", [False, True])
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
@@ -178,33 +210,23 @@ def test_hand_made_gradient_equals_the_scans_own(rng, kind, is_scaled, dtype):
     gates = rng.normal(size=(T, B, cell.num_gates * H)).astype(np.float32)
     params = random_params(rng, kind)
     bias = rng.normal(size=(cell.num_gates * H)).astype(np.float32)
-    valid = rng.random((T, B)) < 0.7
-    starts = valid & (rng.random((T, B)) < 0.4)
-    cotangents = (rng.normal(size=(T, B, H)).astype(np.float32), random_state(rng, kind))  # also where there is padding
+    masks = random_masks(rng)
+    cotangents = jnp.asarray(rng.normal(size=(T, B, H)), dtype), random_state(rng, kind)  # also where there is padding
     arguments = (gates, jnp.asarray(params["recurrent_kernel"], dtype), bias, random_state(rng, kind))
-    cotangents = jnp.asarray(cotangents[0], dtype), cotangents[1]
+
+    def step(kernel_and_bias, gates_BG, state):
+        kernel, bias = kernel_and_bias
+        hidden = (state[-1] if scale is None else state[-1] * scale).astype(dtype)
+        return cell.step(gates_BG, jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32) + bias, state)
 
     def by_scan(gates, kernel, bias, state):
-        def step(state, at_t):
-            gates_BG, valid_B, starts_B = at_t
-            state = jax.tree.map(lambda s: jnp.where(starts_B[:, None], 0, s), state)
-            hidden = (state[-1] if scale is None else state[-1] * scale).astype(dtype)
-            from_state = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32) + bias
-            new = cell.step(gates_BG, from_state, state)
-            new = jax.tree.map(lambda n, s: jnp.where(valid_B[:, None], n, s), new, state)
-            return new, new[-1].astype(dtype)
-
-        state, hidden_TBH = jax.lax.scan(step, state, (gates, valid, starts))
-        return hidden_TBH, state
+        return plain_scan(step, dtype)((kernel, bias), gates, state, *masks)
 
     def by_hand(*arguments):
-        return recurrent.recur(cell, *arguments, scale, valid, starts)
+        return recurrent.recur(cell, *arguments, scale, *masks)
 
-    def both(arguments, cotangents):
-        found, expected = (jax.vjp(run, *arguments) for run in (by_hand, by_scan))
-        return (found[0], found[1](cotangents)), (expected[0], expected[1](cotangents))
-
-    assert_close(*jax.jit(both)(arguments, cotangents), 2e-6 if dtype == "float32" else 2**-6)  # bfloat16 rounds at 2**-9
+    found, expected = values_and_gradients((by_hand, by_scan), arguments, cotangents)
+    assert_close(found, expected, 2e-6 if dtype == "float32" else 2**-6)  # bfloat16 rounds at 2**-9
 
 
 def test_a_mogrifier_drops_from_its_state_before_the_gating(rng):
@@ -214,34 +236,25 @@ def test_a_mogrifier_drops_from_its_state_before_the_gating(rng):
     shapes = {"gates": (D + H, 4 * H), "1": (H, D), "2": (D, H), "3": (H, D)}
     kernels = {name: rng.normal(0, 0.4, shape).astype(np.float32) for name, shape in shapes.items()}
     bias, x = rng.normal(size=4 * H).astype(np.float32), rng.normal(size=(T, B, D)).astype(np.float32)
-    valid = rng.random((T, B)) < 0.7
-    starts = valid & (rng.random((T, B)) < 0.4)
+    masks = random_masks(rng)
     arguments = x, kernels, bias, random_state(rng, "lstm")
     cotangents = rng.normal(size=(T, B, H)).astype(np.float32), random_state(rng, "lstm")
 
-    def by_scan(x, kernels, bias, state):
-        def step(state, at_t):
-            x_BD, valid_B, starts_B = at_t
-            state = jax.tree.map(lambda s: jnp.where(starts_B[:, None], 0, s), state)
-            hidden_BH = state[-1] * scale
-            x_BD *= 2 * jax.nn.sigmoid(hidden_BH @ kernels["1"])
-            hidden_BH *= 2 * jax.nn.sigmoid(x_BD @ kernels["2"])
-            x_BD *= 2 * jax.nn.sigmoid(hidden_BH @ kernels["3"])
-            new = cell.step(0.0, x_BD @ kernels["gates"][:D] + hidden_BH @ kernels["gates"][D:] + bias, state)
-            new = jax.tree.map(lambda n, s: jnp.where(valid_B[:, None], n, s), new, state)
-            return new, new[-1]
+    def step(kernels_and_bias, x_BD, state):
+        kernels, bias = kernels_and_bias
+        hidden_BH = state[-1] * scale
+        x_BD *= 2 * jax.nn.sigmoid(hidden_BH @ kernels["1"])
+        hidden_BH *= 2 * jax.nn.sigmoid(x_BD @ kernels["2"])
+        x_BD *= 2 * jax.nn.sigmoid(hidden_BH @ kernels["3"])
+        return cell.step(0.0, x_BD @ kernels["gates"][:D] + hidden_BH @ kernels["gates"][D:] + bias, state)
 
-        state, hidden_TBH = jax.lax.scan(step, state, (x, valid, starts))
-        return hidden_TBH, state
+    def by_scan(x, kernels, bias, state):
+        return plain_scan(step)((kernels, bias), x, state, *masks)
 
     def ours(*arguments):
-        return recurrent.recur_mogrified(cell, *arguments, scale, valid, starts)
+        return recurrent.recur_mogrified(cell, *arguments, scale, *masks)
 
-    def both(arguments, cotangents):
-        found, expected = (jax.vjp(run, *arguments) for run in (ours, by_scan))
-        return (found[0], found[1](cotangents)), (expected[0], expected[1](cotangents))
-
-    assert_close(*jax.jit(both)(arguments, cotangents))
+    assert_close(*values_and_gradients((ours, by_scan), arguments, cotangents))
 
 
 # --- PyTorch
