@@ -412,3 +412,11 @@ def test_the_verb_prints_a_few_lines_and_writes_what_it_measured(mode, tmp_path)
         assert other["ratio"]["rounds"] == pytest.approx([a / b for a, b in pairs], rel=1e-2)
     else:
         assert result["against"] is None
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="only Linux tells a process's own peak")
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+    child = "from lm.benchmark.units import host_peak_bytes; print(host_peak_bytes())"
+    parent = f"import subprocess, sys\nx = b'x' * (300 << 20)\nsubprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    done = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 1 << 20 < int(done.stdout) < 200 << 20
