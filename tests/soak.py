@@ -1,7 +1,8 @@
 """Trains for long, with looks at valid and checkpoints, and watches what grows: python tests/soak.py --minutes=30
 
-After each look it notes resident memory, open files, threads and how often the compiler has run. What grows with time would
-stop a run of days. The suite has a short form (tests/test_soak.py).
+After each look it notes resident memory, open files, threads and how often the compiler has run; a save that is under way is
+waited for, since it holds up to ten files and three threads that it gives back. What grows with time would stop a run of days.
+The suite has a short form (tests/test_soak.py).
 """
 
 import argparse
@@ -18,6 +19,7 @@ import numpy as np
 
 from lm.config import Config
 from lm.errors import Preempted
+from lm.runs.folder import RunFolder
 from lm.training.train import Listener, train
 
 
@@ -35,9 +37,10 @@ class Seen(NamedTuple):
 class Watch(Listener):
     """Notes what there is after each look at valid, and asks to stop after some seconds."""
 
-    def __init__(self, seconds: float, told=lambda seen: None):
+    def __init__(self, workdir: str, seconds: float, told=lambda seen: None):
         import jax.monitoring
 
+        self._checkpoints = RunFolder(workdir).checkpoints
         self.seen: list[Seen] = []
         self._compilations, self._told = 0, told
         self._started, self._seconds = time.monotonic(), seconds
@@ -49,6 +52,8 @@ class Watch(Listener):
 
     def recorded(self, line):
         if line["split"] == "valid":
+            while any(self._checkpoints.glob("*.partial")):
+                time.sleep(0.01)
             pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
             resident = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
             files, seconds = len(os.listdir("/proc/self/fd")), time.monotonic() - self._started
@@ -61,7 +66,7 @@ class Watch(Listener):
 
 def soak(draft: Config, workdir: str, seconds: float, told=lambda seen: None) -> list[Seen]:
     """Trains for so long, however many steps that makes."""
-    watch = Watch(seconds, told)
+    watch = Watch(workdir, seconds, told)
     with contextlib.suppress(Preempted):
         train(draft, workdir, watch)
     return watch.seen
