@@ -105,7 +105,7 @@ def _flag_error(error) -> str:
 def _quiet_logging():
     from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.ERROR)  # orbax tells of every file it opens
+    absl_logging.set_verbosity(absl_logging.FATAL)  # orbax tells of every file it opens, and what went wrong it raises as well
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("lm")
@@ -146,6 +146,7 @@ def load_config(path: str, overrides: list[str]) -> Config:
     config = _get_config(*path.split(":", 1))
     for override in overrides:
         _check_field(_dotted(override))
+    overrides = list({_dotted(override): override for override in overrides}.values())  # of a field named twice, the last
     given = [override for override in overrides if not override.lower().endswith("=none")]
     values, argv = flags.FlagValues(), ["", *given]
     config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)

@@ -88,6 +88,12 @@ def test_a_config_file_with_overrides(file):
     config.seed = 4  # still a draft
 
 
+@pytest.mark.parametrize("given, found", [(["none", "2"], 2.0), (["2", "none"], None), (["none", "2", "3"], 3.0)])
+def test_of_a_field_named_twice_the_last_value_holds(given, found, file):
+    overrides = [f"--config.optimizer.clip_norm={value}" for value in given]
+    assert load_config(file(GOOD), overrides).optimizer.clip_norm == found
+
+
 def test_every_config_of_the_project_is_listed_and_found():
     assert known_configs() and all((ROOT / path).is_file() for path in known_configs())
     for path in known_configs():

@@ -273,6 +273,19 @@ def test_asked_to_stop_a_run_saves_the_step_and_ends_the_same(name, runs, tmp_pa
     assert_same_outcome(outcome(whole), outcome(tmp_path))
 
 
+def test_asked_to_stop_where_nothing_can_be_saved_a_run_does_not_say_that_it_was(corpus, tmp_path, monkeypatch):
+    class Ask(Listener):
+        def is_asked_to_stop(self):
+            return True
+
+    def full(self, step, *_):
+        raise UserError(f"the checkpoint of step {step} cannot be written")
+
+    monkeypatch.setattr(Checkpoints, "_save", full)
+    with refused("the checkpoint of step 1 cannot be written"):
+        train(draft(corpus, "lstm"), str(tmp_path), Ask())
+
+
 def test_rows_of_a_comparison_are_named_as_their_files_and_folders():
     assert compare._named(["runs/lr0.1", "runs/lr0.01/"], "--workdirs", compare._of_folder).keys() == {"lr0.1", "lr0.01"}
     assert compare._named(["a/lstm.py:runlocal=1", "b/lstm.py"], "--configs", compare._of_file).keys() == {"a-lstm", "b-lstm"}

@@ -122,6 +122,7 @@ def run_loop(
         if progress.finished:
             break
         if stops:
+            checkpoints.wait()  # it says that the step is saved
             raise Preempted(step)
         mark = time.perf_counter()
     return progress
