@@ -118,10 +118,11 @@ class Peers:
                     shutil.rmtree(other, ignore_errors=True)
 
     def beat(self, ended: int | None = None) -> None:
-        """Renews this process's sign of life, or says how it ended."""
+        """Renews this process's sign of life, or says how it ended; one that cannot be written is a silence like others."""
         self._beats += 1
         sign = {"host": platform.node(), "process": os.getpid(), "beats": self._beats, "ended": ended}
-        write_atomically(self._folder / f"{self._index}.json", json.dumps(sign))
+        with contextlib.suppress(UserError):
+            write_atomically(self._folder / f"{self._index}.json", json.dumps(sign))
 
     def look(self) -> None:
         """Reads those of the others."""

@@ -19,7 +19,8 @@ def is_one_of_many(coordinator_address: str | None, num_processes: int | None, p
             raise UserError(f"--{missing[0]} is missing: give --coordinator_address, --num_processes and --process_id together")
         if num_processes < 1 or not 0 <= process_id < num_processes:
             raise UserError(f"--process_id={process_id} must lie between 0 and --num_processes={num_processes} less one")
-        if not coordinator_address.rpartition(":")[2].isdigit():
+        host, _, port = coordinator_address.rpartition(":")
+        if not host or not port.isdigit():
             raise UserError(f"--coordinator_address={coordinator_address} must be HOST:PORT, as in node1:9876")
         return num_processes > 1
     if "SLURM_STEP_NODELIST" in os.environ:

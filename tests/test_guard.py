@@ -50,6 +50,24 @@ def test_a_pause_is_forgiven(three):
     assert three[0].failed() is None
 
 
+def test_a_sign_that_cannot_be_written_is_a_silence(three, tmp_path):
+    """As a full disk makes one; it ends nobody at once."""
+    (tmp_path / "job" / "1.json").unlink()
+    (tmp_path / "job" / "1.json").mkdir()
+    looks(three, guard._SILENT - 1, alive=[1, 2])
+    assert three[0].failed() is None
+    (tmp_path / "job" / "1.json").rmdir()
+    looks(three, guard._SILENT, alive=[1, 2])
+    assert three[0].failed() is None
+
+
+def test_signs_that_another_job_has_removed_come_again(three, tmp_path):
+    """Before it was refused, since this one holds the folder."""
+    Peers(tmp_path, 0, 3, "refused")
+    looks(three, 2 * guard._SILENT, alive=[1, 2])
+    assert three[0].failed() is None
+
+
 def test_who_never_gave_one_may_look_elsewhere(tmp_path):
     """Another workdir, which this process does not see."""
     peers = Peers(tmp_path, 0, 2, "job")

@@ -236,6 +236,7 @@ def test_processes_of_different_texts_or_configs_do_not_begin(corpus, tmp_path):
         ((None, None, 0), "--coordinator_address is missing"),
         (("node1:99", 2, 2), "--process_id=2 must lie between 0 and --num_processes=2 less one"),
         (("node1", 2, 0), "--coordinator_address=node1 must be HOST:PORT"),
+        (("9876", 2, 0), "--coordinator_address=9876 must be HOST:PORT"),
     ],
 )
 def test_flags_that_do_not_fit_each_other(flags, sentence):
