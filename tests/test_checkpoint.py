@@ -1,7 +1,9 @@
 """lm.runs.checkpoint: what is saved comes back exactly, what is damaged is noticed, and what is kept."""
 
+import errno
 import json
 import logging
+import os
 import shutil
 
 import jax
@@ -13,6 +15,7 @@ from helpers import refused
 from lm.errors import UserError
 from lm.runs import checkpoint
 from lm.runs.checkpoint import Checkpoints, check_like, shapes_of
+from lm.training.progress import Progress
 
 
 @pytest.fixture
@@ -210,9 +213,26 @@ def test_another_model_is_refused_by_the_first_array_that_differs(tmp_path):
         checkpoints.restore(1, {"output": {"bias": np.zeros(3)}}, training_at(1))
     with refused(where, "output/kernel is missing there and (2,) here"):
         checkpoints.restore(1, {**params_at(1), "output": {"bias": np.zeros(3), "kernel": np.zeros(2)}}, training_at(1))
-    with refused(where, "carry/0 is (2, 2) there and missing here"):
+    another_version = f"checkpoint {tmp_path / '1'} is of another version of the code"
+    with refused(another_version, "carry/0 is (2, 2) there and missing here"):
         checkpoints.restore(1, params_at(1), {**training_at(1), "carry": None})
     check_like(params_at(1), params_at(2), "values do not matter")
+
+
+def test_files_that_the_disk_does_not_give_are_damage(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def failing(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(checkpoint, "sha256_of", failing)
+    assert Checkpoints(tmp_path).damage(1) == "its files cannot be read: Input/output error"
+
+
+def test_progress_of_another_version():
+    assert Progress.from_json({"seconds": 3.0}) == Progress(seconds=3.0)
+    with refused("progress.json has momentum", "another version of the code"):
+        Progress.from_json({"seconds": 3.0, "momentum": 1})
 
 
 def test_files_that_orbax_cannot_read(tmp_path):

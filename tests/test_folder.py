@@ -1,5 +1,6 @@
 """lm.runs.folder and lm.files: one writer at a time, metrics taken back to a step, and refusing another experiment's folder."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -45,6 +46,13 @@ def test_another_process_is_named_and_its_death_frees_the_folder(tmp_path):
         holder.kill()
     with RunFolder(tmp_path).locked():
         pass
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+def test_on_a_full_disk_a_folder_is_locked_all_the_same(tmp_path):
+    (tmp_path / ".lock").symlink_to("/dev/full")
+    with RunFolder(tmp_path).locked(), open("/dev/full") as again, pytest.raises(BlockingIOError):
+        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -141,22 +149,37 @@ def test_what_a_resumed_run_may_change_is_noted(tmp_path):
     assert {name: saved[name] for name in FACTS} == FACTS
 
 
+def test_a_run_that_is_older_than_some_fields_goes_on(tmp_path):
+    """They have the values that they get today where they are left open; another one is another experiment."""
+    folder, config = RunFolder(tmp_path), resolve(changed(Config(), model__num_params=10_000))
+    folder.write_config(changed(Config(), model__num_params=10_000), config, FACTS)
+    saved = json.loads(folder.config.read_text())
+    for form in ("given", "resolved"):
+        del saved[form]["model"]["skip_connections"], saved[form]["evaluation"]
+    folder.config.write_text(json.dumps(saved))
+    assert folder.read_config()[0] == config
+    folder.check_same_experiment(config, FACTS)
+    with refused("model.skip_connections: False then, True now"):
+        folder.check_same_experiment(resolve(changed(Config(), model__num_params=10_000, model__skip_connections=True)), FACTS)
+
+
 def test_a_folder_without_a_run_or_with_a_damaged_one(tmp_path):
     with refused(f"{tmp_path} holds no run", "config.json", "train one there first"):
         RunFolder(tmp_path).read_config()
     with refused("holds no run"):
         RunFolder(tmp_path / "nowhere").read_config()
     folder = RunFolder(tmp_path)
-    for content in ("", "{", "[]", "{}", "3", '{"resolved": 3}', '{"resolved": {"model": 3}}', '{"resolved": null}'):
+    wrong = ("3", '{"model": 3}', "null")
+    for content in ("", "{", "[]", "{}", "3", *(f'{{"given": {{}}, "resolved": {value}}}' for value in wrong)):
         folder.config.write_text(content)
         with refused(str(folder.config), "is damaged"):
             folder.read_config()
-    folder.config.write_text('{"resolved": {"model": {"hiden_dim": 3}}}')
-    with refused("config.model.hiden_dim does not exist"):
+    folder.config.write_text('{"given": {}, "resolved": {"model": {"hiden_dim": 3}}}')
+    with refused(f"{folder.config} is damaged, or of another version of the code", "config.model.hiden_dim does not exist"):
         folder.read_config()
     for field, value in (("num_layers", "one"), ("architecture", "lxtm"), ("dropout_rate", -1)):
-        folder.config.write_text(json.dumps({"resolved": {"model": {field: value}}}))
-        with refused(f"{folder.config} is damaged: config.model.{field} is {value!r}"):
+        folder.config.write_text(json.dumps({"given": {}, "resolved": {"model": {field: value}}}))
+        with refused(f"{folder.config} is damaged, or", f": config.model.{field} is {value!r}"):
             folder.read_config()
     folder.config.unlink()
     folder.config.mkdir()

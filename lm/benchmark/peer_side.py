@@ -78,7 +78,7 @@ class Start(NamedTuple):
             for parent in parents:
                 place = place.setdefault(parent, {})
             place[name] = value
-        return load_resolved(self.config), params, batches, learning_rates
+        return load_resolved(self.config, self.config), params, batches, learning_rates
 
 
 class PeerSide:

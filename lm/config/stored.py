@@ -1,8 +1,11 @@
 """Configs as plain values: to JSON and back, which fields were given, and what two configs disagree on."""
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 
 from lm.config.fields import Config
+from lm.config.rules import resolve
 from lm.config.section import Section, dotted, frozen, sections, unknown_field
 from lm.config.values import check_values
 from lm.errors import UserError
@@ -36,15 +39,32 @@ def from_json(values: dict, cls=Config):
     return config
 
 
-def load_resolved(values: dict) -> Config:
+def load_resolved(resolved: dict, given: dict) -> Config:
     """The frozen config of a finished run, from its resolved form; widths it had solved stay as they are.
+
+    A field that is younger than the run has the value that the config as given gets for it today.
 
     Raises:
       UserError: a field that does not exist, or a value that it cannot have.
     """
-    config = from_json(values)
+    config = from_json(resolved)
     check_values(config)
+    younger = list(_absent(config, resolved))
+    if younger:
+        today = resolve(from_json(given))
+        for *path, name in younger:
+            setattr(functools.reduce(getattr, path, config), name, getattr(functools.reduce(getattr, path, today), name))
     return frozen(config)
+
+
+def _absent(config, values) -> Iterator[tuple[str, ...]]:
+    """Where the fields stand that plain values lack: names of sections, then of the field."""
+    for field in dataclasses.fields(config):
+        value = vars(config)[field.name]
+        if field.name not in values:
+            yield (field.name,)
+        elif isinstance(value, Section):
+            yield from ((field.name, *rest) for rest in _absent(value, values[field.name]))
 
 
 def given_fields(draft: Config) -> set[str]:

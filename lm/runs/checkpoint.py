@@ -131,13 +131,17 @@ class Checkpoints:
             expected, shapes = dict(manifest["sha256"]), {name: tuple(shape) for name, shape in manifest["shapes"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return "its manifest.json is missing or cannot be read"
-        found = _hashes(folder)
+        try:
+            found = _hashes(folder)
+        except OSError as error:
+            return f"its files cannot be read: {error.strerror}"
         for name in {"progress.json": None, **expected}:
             if name not in found or name not in expected:
                 return f"{name} is missing"
             if found[name] != expected[name]:
                 return f"{name} is not as it was written"
-        return None if self.shapes is None else _difference(self.shapes, shapes)
+        difference = None if self.shapes is None else _difference(self.shapes, shapes)
+        return difference and f"it belongs to another model: {difference}"
 
     def latest_sound(self) -> int | None:
         """The latest undamaged checkpoint, with a warning for each damaged one that is passed over; None if there is none yet.
@@ -208,7 +212,9 @@ class Checkpoints:
         where = f"checkpoint {self._folder / str(step)}"
         check_like(params, saved_params, where)
         flat = _flat(training)
-        check_like(training, saved_training, where)
+        difference = _difference(shapes_of(training), shapes_of(saved_training))
+        if difference:  # though the model is the same, and its config
+            raise UserError(f"{where} is of another version of the code, with which the run can go on: {difference}")
         leaves = [np.asarray(saved_training[name], leaf.dtype) for name, leaf in flat.items()]
         return saved_params, jax.tree.unflatten(jax.tree.structure(training), leaves)
 
@@ -240,14 +246,14 @@ def check_like(expected: Any, found: Any, where: str) -> None:
     """
     difference = _difference(shapes_of(expected), shapes_of(found))
     if difference:
-        raise UserError(f"{where}: {difference}")
+        raise UserError(f"{where}: it belongs to another model: {difference}")
 
 
 def _difference(here, there):
     for name in sorted({*here, *there}):
         if here.get(name) != there.get(name):
             then, now = (shapes.get(name, "missing") for shapes in (there, here))
-            return f"it belongs to another model: {name} is {then} there and {now} here"
+            return f"{name} is {then} there and {now} here"
     return None
 
 

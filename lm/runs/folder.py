@@ -1,5 +1,6 @@
 """A run's folder: where its files stand, its lock, its config and its metrics."""
 
+import contextlib
 import datetime
 import fcntl
 import json
@@ -46,11 +47,11 @@ class RunFolder:
         """
         saved = read_json(self.config, f"{self.path} holds no run: there is no config.json; train one there first")
         try:
-            return load_resolved(saved["resolved"]), saved
+            return load_resolved(saved["resolved"], saved["given"]), saved
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.config} is damaged: {error!r}") from None
         except UserError as error:
-            raise UserError(f"{self.config} is damaged: {error}") from None
+            raise UserError(f"{self.config} is damaged, or of another version of the code: {error}") from None
 
     def write_config(self, given: Config, resolved: Config, facts: dict[str, Any]) -> None:
         """Writes config.json: the config as given and as resolved, and facts that follow from it and the data."""
@@ -143,14 +144,16 @@ class _Lock:
             raise UserError(
                 f"--workdir {self._path} is in use by another run ({holder}); wait for it or use another folder"
             ) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {platform.node()}")
-        self._file.flush()
+        with contextlib.suppress(OSError):  # on a full disk it is locked all the same
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {platform.node()}")
+            self._file.flush()
         return self
 
     def __exit__(self, *_):
-        self._file.truncate(0)
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.truncate(0)
+            self._file.close()
 
 
 def environment() -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+from typing import Any
+
+from lm.errors import UserError
 
 
 @dataclasses.dataclass
@@ -28,6 +31,21 @@ class Progress:
     left_out: list[int] = dataclasses.field(default_factory=list)
     skipped_in_a_row: int = 0
     losses: list[float] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        """That of a checkpoint; what it does not tell, since it is older, is as at the start.
+
+        Raises:
+          UserError: it tells something that this version of the code does not know.
+        """
+        unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
+        if unknown:
+            raise UserError(
+                f"the checkpoint's progress.json has {unknown[0]}, which is not known here: it is of another version of the "
+                "code, with which the run can go on"
+            )
+        return cls(**values)
 
     def looked(self, step: int, loss: float) -> None:
         """Notes a look at valid."""

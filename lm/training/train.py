@@ -212,7 +212,7 @@ def _count(draft, experiment, folder, checkpoints, listener):
         checkpoints.wait()
     else:
         folder.update_config(draft, experiment.config)
-    progress = Progress(**checkpoints.progress(step))
+    progress = Progress.from_json(checkpoints.progress(step))
     return Trained(step, step, progress.best_loss, tokens, progress.seconds)
 
 
@@ -322,7 +322,7 @@ def _restore(config, model, optimizer, source: BatchSource, checkpoints) -> tupl
     if step is not None:
         like, rest_like = parted(state)
         params, rest = checkpoints.restore(step, like, {"state": rest_like, "carry": carry})
-        return joined(params, rest["state"]), rest["carry"], Progress(**checkpoints.progress(step)), step
+        return joined(params, rest["state"]), rest["carry"], Progress.from_json(checkpoints.progress(step)), step
     if config.training.init_from:
         run = open_run(config.training.init_from)
         check_like(params, run.params, f"config.training.init_from {config.training.init_from!r}")
