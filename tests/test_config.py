@@ -94,6 +94,13 @@ WRONG = [
     (dict(TRANSFORMER, model__project_output=False), ["config.model.project_output is set", "rnn, gru, lstm"]),
     (dict(NGRAM, model__hidden_dim=8), ["config.model.hidden_dim is set", "'ngram'"]),
     (dict(model__ngram_order=3), ["config.model.ngram_order is set", "belongs to ngram"]),
+    (dict(NGRAM, training__init_from="run"), ["config.training.init_from is set", "n-gram"]),
+    (dict(TEXT, data__order="packed"), ["config.data.order is 'packed'", "no document ends", "data.tokenizer='word'"]),
+    (dict(data__source="synthetic", data__tokenizer="char", data__order="padded"), ["config.data.order is 'padded'", "windows"]),
+    (
+        dict(data__source="tfds", data__dataset="lm1b", data__examples="pieces", data__order="padded"),
+        ["config.data.order is 'padded'", "no document ends"],
+    ),
     # widths
     (dict(model__hidden_dim=8, model__num_params=1000), ["model.num_params", "model.hidden_dim", "set one of them"]),
     (dict(model__hidden_dim=8, model__layer_dims=(8,)), ["model.hidden_dim", "model.layer_dims", "set one of them"]),
@@ -285,7 +292,7 @@ def test_a_config_comes_back_from_json(fields):
         assert back == config and type(back.data) is type(config.data)
         assert type(back.model.layer_dims) is type(config.model.layer_dims)
     back.seed = 1  # from_json gives a draft
-    again = load_resolved(json.loads(text))
+    again = load_resolved(json.loads(text), {})
     assert again == config and hash(again) == hash(config)
     with refused("cannot be changed"):
         again.training.num_steps = 2

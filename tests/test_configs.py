@@ -190,7 +190,7 @@ RUNS = {
     "markov": dict(data__process="markov", data__alphabet_size=3, data__markov_order=1, data__synthetic_seed=1),
     "hidden markov": dict(data__process="hidden_markov", data__alphabet_size=3, data__num_states=2),
     "copy": dict(data__process="copy", data__alphabet_size=3, data__copy_length=3),
-    "dyck": dict(data__process="dyck", data__max_depth=3, data__order="padded"),
+    "dyck": dict(data__process="dyck", data__max_depth=3),
     "tfds": dict(
         data__source="tfds",
         data__dataset="text_files",

@@ -291,6 +291,12 @@ def _resolve_data(data):
             "config.data.seq_len_std is set, but only steps of one stream can differ in length; set config.data.order='stream' "
             "and no config.data.mixture, or leave it open"
         )
+    is_open = data.tokenizer != "word" and (data.source in ("text", "synthetic") or data.examples == "pieces")
+    if data.order in ("packed", "padded") and is_open:
+        raise UserError(
+            f"config.data.order is {data.order!r}, but no document ends in this text; set config.data.order='windows', or "
+            "config.data.tokenizer='word', whose documents are lines, or take a config.data.source of documents"
+        )
     if data.tokenizer == "word" and data.vocab_size is not None and data.vocab_size < 3:
         raise UserError(f"config.data.vocab_size is {data.vocab_size}, but word needs at least 3 (<eos>, <unk> and one word)")
     if data.tokenizer == "subword" and data.vocab_size < 258:
@@ -330,6 +336,8 @@ def _resolve_rest(config):
     _resolve_devices(config)
     if config.data.mixture and model.architecture == "ngram":
         raise UserError("config.data.mixture is set, but an n-gram counts one text; set it to None")
+    if training.init_from and model.architecture == "ngram":
+        raise UserError("config.training.init_from is set, but an n-gram has no parameters to start from; set it to None")
     if optimizer.clip_norm is not None and optimizer.clip_value is not None:
         raise UserError("config.optimizer.clip_norm and config.optimizer.clip_value are both set; set the other to None")
     if optimizer.weight_decay is None:
