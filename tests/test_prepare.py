@@ -19,7 +19,7 @@ from helpers import ROOT, WorkersHere, call_verbs, changed, config_file, draft, 
 from lm.config import resolve
 from lm.data import corpus, prepare as prepare_module, shards, sources, tokenizers
 from lm.data.lines import cuts, read_lines
-from lm.data.prepare import Job, prepare
+from lm.data.prepare import Job, prepare, total_bytes
 from lm.data.shards import Shards
 from lm.evaluation.evaluate import evaluate_run
 from lm.runs.open import open_run
@@ -260,6 +260,14 @@ def test_bad_input_is_one_sentence(tmp_path, here):
     with refused("is a char tokenizer, but config.data.tokenizer is 'byte'"):
         tokenizer = folder / "tokenizer.json"
         prepare(changed(draft(text), data__tokenizer="byte"), tmp_path / "other", Job(), tokenizer=tokenizer)
+    broken = write_corpus(tmp_path / "broken")
+    (broken / "train.txt").rename(broken / "elsewhere")
+    (broken / "train.txt").symlink_to("nowhere")
+    for damage in (lambda: None, lambda: ((broken / "train.txt").unlink(), (broken / "train.txt").mkdir())):
+        damage()
+        for call in (lambda: total_bytes(draft(broken), Job()), lambda: prepare(draft(broken), tmp_path / "other", Job())):
+            with refused(f"{broken / 'train.txt'} cannot be read"):
+                call()
     (tmp_path / "file").write_text("")
     with refused(f"{tmp_path / 'file'} cannot be written"):
         prepare(config, tmp_path / "file", Job())

@@ -223,6 +223,17 @@ def test_subword_sizes_are_exact_and_too_little_text_is_refused(subword):
     assert subword.vocab_size == 300 and subword.eos == 299
     with refused("config.data.vocab_size is 5000", "train holds too little text", "at most that"):
         train("subword", TRAINING, vocab_size=5000)
+    with refused("train holds too little text for subwords", "byte or char"):
+        train("subword", "a\n", vocab_size=300)
+
+
+def test_a_text_without_spaces_is_not_kept(subword):
+    """Its words are whole lines."""
+    lines = [f"{number}" * 30 for number in range(100, 120)] + ["short words are kept"]
+    before = len(subword._known)
+    found = [ids.tolist() for ids in subword.encode_lines(lines * 2)]
+    assert found[: len(lines)] == found[len(lines) :] and len(subword._known) <= before + 4
+    assert found[0] == next(iter(subword.encode_lines([lines[0] + " " + lines[0]]))).tolist()[: len(found[0])]
 
 
 def test_training_is_kept_in_the_cache_by_content(tmp_path):

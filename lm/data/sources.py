@@ -234,7 +234,15 @@ def text(data: DataConfig) -> dict[str, Split]:
 
 
 def text_file(path: pathlib.Path) -> Split:
-    """One file as one open document: its bytes are its text, and nothing is added at its end."""
+    """One file as one open document: its bytes are its text, and nothing is added at its end.
+
+    Raises:
+      UserError: it cannot be opened.
+    """
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     plain = None if path.suffix == ".gz" else path
     return Split(str(path), functools.partial(one_document, functools.partial(read_lines, path)), file=plain)
 

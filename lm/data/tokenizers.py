@@ -156,7 +156,7 @@ class SubwordTokenizer:
     """
 
     name, ends_lines = "subword", False
-    _most_known = 1 << 18
+    _most_known, _longest_known = 1 << 18, 64  # words, and characters of one
 
     def __init__(self, model):
         self._model = model
@@ -181,7 +181,11 @@ class SubwordTokenizer:
         new = [word for word in words if word not in self._known]
         for word, found in zip(new, self._model.encode_batch(new, add_special_tokens=False), strict=True):
             self._known[word] = np.asarray(found.ids, np.int32).tobytes()
-        return [self._known[word] for word in words]
+        ids = [self._known[word] for word in words]
+        for word in new:  # of a text without spaces a word is a line, and seldom comes again
+            if len(word) > self._longest_known:
+                self._known.pop(word, None)
+        return ids
 
     def decode(self, ids):
         return self._model.decode([int(i) for i in ids if i != self.eos], skip_special_tokens=False)
@@ -215,6 +219,8 @@ class SubwordTokenizer:
         )
         model.train_from_iterator(itertools.chain.from_iterable(split.documents()), trainer)
         trained = cls(model)
+        if trained.vocab_size < 258:
+            raise UserError(f"{split.name} holds too little text for subwords; set config.data.tokenizer to byte or char")
         if trained.vocab_size != data.vocab_size:
             raise UserError(
                 f"config.data.vocab_size is {data.vocab_size}, but {split.name} holds too little text for more than "
