@@ -240,11 +240,20 @@ def test_bad_values_are_refused(lstm, tmp_path):
         evaluate_run(dataclasses.replace(run, config=resolve(Config())), data_path=str(tmp_path))
 
 
-def test_a_folder_that_cannot_be_written(ngram, corpus, tmp_path):
+def test_a_folder_that_cannot_be_written(ngram, corpus, tmp_path, never):
     run = open_run(str(untrained_run(draft(corpus, "ngram"), tmp_path)))
     (tmp_path / "evaluation").write_text("in the way")
+    never()  # it is told before the time that scoring takes
     with refused(str(tmp_path / "evaluation"), "cannot be"):
         evaluate_run(run, "valid")
+
+
+def test_a_token_cache_that_cannot_be_written_here_is_not_needed(corpus, tmp_path):
+    """The run was trained with one elsewhere."""
+    run = open_run(str(untrained_run(draft(corpus, "ngram", data__cache_dir=str(tmp_path / "cache")), tmp_path / "run")))
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("in the way")
+    assert evaluate_run(run, "valid")["tokens"]
 
 
 def test_a_stored_figure_needs_no_text_any_more(tmp_path):

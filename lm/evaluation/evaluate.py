@@ -22,7 +22,7 @@ from lm.evaluation.perplexity import Layout, figures, token_losses
 from lm.evaluation.scorers import NgramScorer, Scorer, precision_of
 from lm.evaluation.token_scores import read_token_scores
 from lm.evaluation.variants import PLAIN, Variant, gradient_rms, variant_scorer
-from lm.files import read_json, whole_file, write_json
+from lm.files import check_writable, read_json, whole_file, write_json
 from lm.models.ngram import Ngram
 from lm.parallel import Placement, place
 from lm.runs.open import Run
@@ -81,13 +81,14 @@ def evaluate_run(
         if earlier:
             return earlier
     source = source or _source(run, split, None, data_path)
-    found = corpus.tokenise(source, run.tokenizer, corpus.cache_dir(run.config.data))
+    found = corpus.tokenise(source, run.tokenizer, _cache(run))
     name = (split if text is None else _name_of_text(text, found.size.sha256)) + ending
     wanted |= _text(found)
     earlier = _earlier(run, name, wanted)
     if earlier:
         return earlier
     path = run.folder.evaluation / f"{name}.json"
+    check_writable(path)  # before the time that scoring takes
     nll_N, seconds = _score(run, found, layout, variant, data_path, progress)
     result = {
         **figures(nll_N, found.size.num_bytes, found.size.num_words),
@@ -100,6 +101,14 @@ def evaluate_run(
     _write_arrays(path.with_name(f"{name}.npz"), {"targets": np.asarray(found.tokens, np.int32), "nll": nll_N})
     write_json(path, result)
     return {**result, "name": name, "stored": False}
+
+
+def _cache(run):
+    """The token cache that the run was trained with, or the user's own where that one cannot be written here."""
+    try:
+        return corpus.cache_dir(run.config.data)
+    except UserError:
+        return corpus.cache_dir(replaced(run.config, "data", cache_dir=None).data)
 
 
 def _earlier(run, name, wanted):
@@ -261,7 +270,7 @@ def _gradient_rms(run, data_path, segment, progress):
     with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile), np.load(path) as kept:
         if {name: kept[name].shape for name in kept.files} == {name: np.shape(leaf) for name, leaf in names.items()}:
             return unflatten_dict({name: kept[name] for name in kept.files}, sep="/"), 0
-    train = corpus.tokenise(_source(run, "train", None, data_path), run.tokenizer, corpus.cache_dir(run.config.data))
+    train = corpus.tokenise(_source(run, "train", None, data_path), run.tokenizer, _cache(run))
     total = len(train.tokens)
     found = jax.device_get(gradient_rms(run.model, run.params, train, segment, lambda seen: progress(seen, total)))
     _write_arrays(path, flatten_dict(found, sep="/"))
