@@ -356,16 +356,25 @@ def test_dropout_is_off_outside_training(rng):
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [dict(scan_layers=True), dict(remat="full"), dict(scan_layers=True, remat="matmuls"), dict(scan_layers=True, remat="full")],
+    "fields, carried",
+    [
+        (dict(scan_layers=True), False),
+        (dict(remat="full"), False),
+        (dict(scan_layers=True, remat="matmuls"), False),
+        (dict(scan_layers=True, remat="full"), False),
+        (dict(scan_layers=True, remat="full"), True),
+    ],
 )
-def test_layers_scanned_or_made_again_give_the_same_numbers(rng, fields):
-    """Every dropout on: a layer's masks are its own, however the layers are run."""
+def test_layers_scanned_or_made_again_give_the_same_numbers(rng, fields, carried):
+    """Every dropout on: a layer's masks are its own, however the layers are run; also where a cache is carried."""
     x, cotangent = (rng.normal(size=(B, T, D)).astype(np.float32) for _ in range(2))
+    fields = fields | dict(attention_window=5) if carried else fields
 
     def gradients_of(stack):
         def forward(params, x):
-            hidden, _ = stack.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(3)})
+            options = dict(train=True, rngs={"dropout": jax.random.key(3)})
+            carry = stack.apply({"params": params}, -x, stack.initial_carry(B, None), **options)[1] if carried else None
+            hidden, _ = stack.apply({"params": params}, x, carry, **options)
             return hidden
 
         def run(params):
@@ -374,7 +383,8 @@ def test_layers_scanned_or_made_again_give_the_same_numbers(rng, fields):
 
         return jax.jit(run)(random_params(stack_with()))
 
-    plain, other = gradients_of(stack_with(**RATES)), gradients_of(stack_with(**RATES, **fields))
+    window = fields.get("attention_window")
+    plain, other = gradients_of(stack_with(**RATES, attention_window=window)), gradients_of(stack_with(**RATES, **fields))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), other, plain)
     masks_off = gradients_of(stack_with(**fields))
     assert np.abs(masks_off[0] - plain[0]).max() > 0.1
@@ -382,17 +392,19 @@ def test_layers_scanned_or_made_again_give_the_same_numbers(rng, fields):
     assert jax.tree.structure(random_params(stack)) == jax.tree.structure(random_params(stack_with()))
 
 
-def test_a_scanned_stack_is_one_layers_program_and_keeps_less_where_it_is_made_again():
+@pytest.mark.parametrize("carried", [False, True])
+def test_a_scanned_stack_is_one_layers_program_and_keeps_less_where_it_is_made_again(carried):
     """Lines of the program do not grow with depth; what the backward pass keeps falls from policy to policy."""
 
     def compiled(**fields):
-        stack = stack_with(**fields)
+        stack = stack_with(attention_window=16, **fields)
         shapes = jax.eval_shape(lambda: stack.init(jax.random.key(0), jnp.zeros((1, 1, D))))
+        carry = jax.eval_shape(lambda: stack.initial_carry(4, None)) if carried else None
 
-        def loss(variables, x):
-            return stack.apply(variables, x, train=True)[0].sum()
+        def loss(variables, x, carry):
+            return stack.apply(variables, x, carry, train=True)[0].sum()
 
-        return jax.jit(jax.grad(loss)).lower(shapes, jax.ShapeDtypeStruct((4, 64, D), jnp.float32))
+        return jax.jit(jax.grad(loss)).lower(shapes, jax.ShapeDtypeStruct((4, 64, D), jnp.float32), carry)
 
     deep, shallow = (len(compiled(num_layers=n, scan_layers=True).as_text()) for n in (12, 3))
     assert deep < 1.5 * shallow < len(compiled(num_layers=12).as_text()) / 2

@@ -174,7 +174,7 @@ class TransformerStack(nn.Module):
             run = jax.checkpoint(run, policy=_KEPT[self.remat])
         params = self.variables["params"]
         layers = [(number, params[name], carry and carry[f"cache_{number}"]) for number, name in enumerate(names)]
-        if self.scan_layers and carry is None:  # caches would be copied for every token that is generated
+        if self.scan_layers and (carry is None or train):  # caches would be copied for every token that is generated
             hidden_BTD, stacked = jax.lax.scan(run, hidden_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
             results = [jax.tree.map(operator.itemgetter(number), stacked) for number in range(len(layers))]
         else:
