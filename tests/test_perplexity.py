@@ -8,7 +8,7 @@ import pytest
 from helpers import corpus_of, model_and_params
 from hypothesis import example, given, settings, strategies as st
 
-from lm.evaluation.perplexity import Layout, figures, token_losses
+from lm.evaluation.perplexity import Layout, _batches, figures, token_losses
 from lm.evaluation.scorers import NgramScorer, neural_scorer, score_ahead
 from lm.models.ngram import Ngram
 from lm.parallel import Placement
@@ -191,6 +191,16 @@ def test_windows_are_texts_of_their_own_whatever_the_rows(architecture):
     for rows in (1, 7):
         nll_N = token_losses(scorer, corpus_of(TOKENS, VOCAB), Layout(context, stride, rows))
         np.testing.assert_allclose(nll_N, expected_N, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_are_numbered_whatever_the_rows():
+    """Dropout masks are of a window's number, so that a mean over samples does not depend on how many are scored at once."""
+    seen = {}
+    for rows in (1, 3):
+        windows = [batch for batch, _ in _batches(corpus_of(TOKENS, VOCAB), Layout(12, 5, rows))]
+        seen[rows] = np.concatenate([batch.rows_B[batch.loss_weights_BT.any(axis=1)] for batch in windows])
+    np.testing.assert_array_equal(seen[1], np.arange(16))
+    np.testing.assert_array_equal(seen[3], np.arange(16))
 
 
 def test_more_rows_of_a_carried_stream_start_anew_at_their_seams():

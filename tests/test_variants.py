@@ -248,6 +248,13 @@ def test_what_does_not_go_is_refused(run, tmp_path):
         evaluate_run(counted, "valid", variant=Variant(temperature=2.0))
 
 
+def test_dropout_in_windows_is_that_of_each_window_whatever_the_rows():
+    model, params = model_and_params("lstm", VOCAB, **LOCKED)
+    scorer = dropout_scorer(model, Placement(1), Variant(dropout_samples=2))(params)
+    one, three = (token_losses(scorer, CORPUS, Layout(8, 4, rows)) for rows in (1, 3))
+    np.testing.assert_allclose(one, three, atol=2e-5)
+
+
 def test_windows_take_dropout_and_temperature(run):
     for variant in (Variant(dropout_samples=2), Variant(temperature=0.7)):
         assert np.isfinite(evaluate_run(run, "valid", context=8, variant=variant)["loss"])

@@ -69,7 +69,7 @@ def _batches(corpus, layout) -> Iterator[tuple[Batch, np.ndarray]]:
         starts_B = rows_B * length  # those of the empty rows lie beyond the end
         ends_B = np.minimum(starts_B + length, total)
         for offset in range(0, length, len(steps)):
-            yield _batch(corpus, starts_B + offset, ends_B, starts_B + offset, steps, reset=offset == 0)
+            yield _batch(corpus, rows_B, starts_B + offset, ends_B, starts_B + offset, steps, reset=offset == 0)
         return
     num_windows = 1 + max(math.ceil((total - layout.context) / layout.stride), 0)
     for first in range(0, num_windows, layout.rows):
@@ -77,10 +77,10 @@ def _batches(corpus, layout) -> Iterator[tuple[Batch, np.ndarray]]:
         there_B = (windows_B < num_windows) & (rows_B < layout.rows)
         starts_B = np.where(there_B, windows_B * layout.stride, total)
         scored_B = np.where(windows_B == 0, 0, starts_B + layout.context - layout.stride)
-        yield _batch(corpus, starts_B, np.full(len(rows_B), total), scored_B, steps, reset=True)
+        yield _batch(corpus, windows_B, starts_B, np.full(len(rows_B), total), scored_B, steps, reset=True)
 
 
-def _batch(corpus, starts_B, ends_B, scored_from_B, steps_T, reset):
+def _batch(corpus, rows_B, starts_B, ends_B, scored_from_B, steps_T, reset):
     index_BT = starts_B[:, None] + steps_T
     there_BT = index_BT < ends_B[:, None]
     index_BT = np.where(there_BT, index_BT, 0)
@@ -93,7 +93,7 @@ def _batch(corpus, starts_B, ends_B, scored_from_B, steps_T, reset):
         loss_weights_BT=there_BT.astype(np.float32),
         segments_BT=None,
         reset_B=np.full(len(starts_B), reset),
-        rows_B=np.arange(len(starts_B), dtype=np.int32),
+        rows_B=rows_B.astype(np.int32),  # of windows their number: how many are scored at once decides no dropout mask
     )
     return batch, np.where(there_BT & (index_BT >= scored_from_B[:, None]), index_BT, -1)
 
