@@ -114,6 +114,7 @@ def shares(sampling, num_draws=20_000):
         (Sampling(top_p=0.66), [1, 3, 4]),
         (Sampling(top_p=0.86), [1, 2, 3, 4]),
         (Sampling(top_p=1.0), [0, 1, 2, 3, 4]),
+        (Sampling(top_p=1e-46), [1]),  # 0 in float32
         (Sampling(top_k=2, top_p=0.9), [1, 3]),  # of the two that are left, 0.4 / 0.65 is not 0.9
         (Sampling(top_k=3, top_p=0.45), [1]),  # of the three that are left, 0.4 / 0.85 is 0.47
         (Sampling(temperature=0), [1]),

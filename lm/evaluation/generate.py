@@ -51,15 +51,19 @@ def draw(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None:
         _, likeliest_BK = jax.lax.top_k(logits_BV, sampling.top_k)  # of equal ones the first
-        kept_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(len(logits_BV))[:, None], likeliest_BK].set(True)
-        logits_BV = jnp.where(kept_BV, logits_BV, -jnp.inf)
+        logits_BV = _only(logits_BV, likeliest_BK, True)
     if sampling.top_p is not None and sampling.top_p < 1:  # float32 may add up to 1 before the last
-        falling_BV = -jnp.sort(-logits_BV, axis=-1)
-        probabilities = jax.nn.softmax(falling_BV)
-        needed_BV = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
-        smallest = jnp.min(jnp.where(needed_BV, falling_BV, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < smallest, -jnp.inf, logits_BV)
+        likeliest_BV = jnp.argsort(-logits_BV, axis=-1)
+        probabilities = jax.nn.softmax(jnp.take_along_axis(logits_BV, likeliest_BV, axis=-1))
+        needed_BV = (jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p).at[:, 0].set(True)
+        logits_BV = _only(logits_BV, likeliest_BV, needed_BV)
     return _draw_by_weights(jnp.exp(logits_BV - logits_BV.max(axis=-1, keepdims=True)), key)
+
+
+def _only(logits_BV, tokens_BK, kept_BK):
+    """The logits, -inf where a token is not named, or named and not kept."""
+    kept_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(len(logits_BV))[:, None], tokens_BK].set(kept_BK)
+    return jnp.where(kept_BV, logits_BV, -jnp.inf)
 
 
 def _draw_by_weights(weights_BV, key):
