@@ -11,6 +11,7 @@ from scipy.special import log_softmax
 from lm.config import Config, resolve
 from lm.models import output as outputs
 from lm.models.adaptive import AdaptiveEmbedding, AdaptiveOutput, clusters
+from lm.models.build import solve_widths
 
 B, T, D, V, CUTOFFS = 2, 5, 8, 11, (3, 7)
 INIT = nn.initializers.normal(1.0)
@@ -119,6 +120,9 @@ def test_what_clusters_do_not_take_is_refused():
     ):
         with refused(*words):
             resolve(changed(Config(), **fields))
+    narrow = resolve(changed(Config(), model__cutoffs=(10, 30), model__num_params=300, **word))
+    with refused("config.model.cutoffs", "leaves nothing of a width of 3"):
+        solve_widths(narrow, 60)
     with refused("config.model.cutoffs is (5, 9)", "9 entries"):
         clusters(9, (5, 9))
     assert clusters(10, (5, 9)) == ((0, 5), (5, 9), (9, 10))

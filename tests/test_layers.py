@@ -69,6 +69,11 @@ def test_keep_mask_keeps_the_right_share_everywhere(shape, rate):
         assert abs(together) < 5 / len(entries) ** 0.5
 
 
+def test_a_rate_near_one_keeps_next_to_nothing():
+    """It would round to the 2^16 that no 16 bits reach."""
+    assert keep_mask(jax.random.key(0), (10_000,), 0.999999).mean() < 0.01
+
+
 def test_row_masks_follow_the_global_row():
     key, make = jax.random.key(0), functools.partial(row_keep_mask, shape=(5, 3), rate=0.5)
     all_rows = np.asarray(make(key, jnp.arange(8)))

@@ -194,15 +194,20 @@ def _resolve_clusters(model):
         raise UserError(f"config.model.cutoffs is {model.cutoffs}, but must rise from one to the next")
     if model.num_softmaxes > 1 or model.project_output:
         raise UserError("config.model.cutoffs is an output of its own: leave num_softmaxes and project_output open")
-    width = model.embed_dim or (model.layer_dims[-1] if model.layer_dims else model.hidden_dim)
-    if width is not None and width < model.narrowing ** len(model.cutoffs):
-        raise UserError(
-            f"config.model.cutoffs makes {len(model.cutoffs)} further clusters, each {model.narrowing} times narrower than the "
-            f"last, which leaves nothing of a width of {width}; give fewer cutoffs or a smaller config.model.narrowing"
-        )
+    check_clusters(model)
     if model.embed_dim is not None and not model.tie_embeddings:
         raise UserError(
             "config.model.cutoffs with untied embeddings has an output as wide as its embedding; leave embed_dim open"
+        )
+
+
+def check_clusters(model: ModelConfig) -> None:
+    """Raises a UserError where the narrowest cluster would have no width; says nothing of a width that is yet to be solved."""
+    width = model.embed_dim or (model.layer_dims[-1] if model.layer_dims else model.hidden_dim)
+    if model.cutoffs and width is not None and width < model.narrowing ** len(model.cutoffs):
+        raise UserError(
+            f"config.model.cutoffs makes {len(model.cutoffs)} further clusters, each {model.narrowing} times narrower than the "
+            f"last, which leaves nothing of a width of {width}; give fewer cutoffs or a smaller config.model.narrowing"
         )
 
 

@@ -277,7 +277,8 @@ class Attention(nn.Module):
       rotary: whether queries and keys are rotated by position (keys are cached rotated).
       relative: whether keys are looked up by their distance too (Dai et al. 2019, arXiv:1901.02860, section 3.3): the score is
         (q + u) k + (q + v) r, where u and v are biases of each head and r is a projection of the distance's sinusoids.
-      norm: of queries and keys, each head for itself, before they are rotated (Henry et al. 2020, arXiv:2010.04245); None.
+      norm: of queries and keys, each head for itself, before they are rotated (after Henry et al. 2020, arXiv:2010.04245, who
+        scale what is normalised by one number of its own instead of 1/√K); None.
       dropout_rate: on the attention weights, every row and head with masks of its own.
     """
 

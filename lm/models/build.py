@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lm.config import RECURRENT, Config, default_mlp_dim, layer_dims, replaced
+from lm.config import RECURRENT, Config, check_clusters, default_mlp_dim, layer_dims, replaced
 from lm.errors import UserError
 from lm.models.adaptive import AdaptiveEmbedding, AdaptiveOutput
 from lm.models.language_model import LanguageModel
@@ -120,7 +120,7 @@ def solve_widths(config: Config, vocab_size: int) -> Config:
     within the budget, in steps that give every head an even width; then `mlp_dim` takes up the rest.
 
     Raises:
-      UserError: a budget too small for any width.
+      UserError: a budget too small for any width, or for that of a cluster of rare tokens.
     """
     model = config.model
     if model.architecture == "ngram" or model.num_params is None or model.hidden_dim is not None:
@@ -148,11 +148,14 @@ def solve_widths(config: Config, vocab_size: int) -> Config:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= budget else (low, middle)
     if model.architecture != "transformer":
-        return with_width(min(low, high, key=lambda width: abs(count(width) - budget)))
-    solved = with_width(low)
-    mlp_dim = solved.model.mlp_dim
-    per_unit = count_params(replaced(solved, "model", mlp_dim=mlp_dim + 1), vocab_size) - count_params(solved, vocab_size)
-    return replaced(solved, "model", mlp_dim=mlp_dim + round((budget - count_params(solved, vocab_size)) / per_unit))
+        solved = with_width(min(low, high, key=lambda width: abs(count(width) - budget)))
+    else:
+        solved = with_width(low)
+        mlp_dim = solved.model.mlp_dim
+        per_unit = count_params(replaced(solved, "model", mlp_dim=mlp_dim + 1), vocab_size) - count_params(solved, vocab_size)
+        solved = replaced(solved, "model", mlp_dim=mlp_dim + round((budget - count_params(solved, vocab_size)) / per_unit))
+    check_clusters(solved.model)
+    return solved
 
 
 def parameter_role(path: tuple[str, ...]) -> str:

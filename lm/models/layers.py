@@ -49,7 +49,7 @@ def keep_mask(key: Array, shape: tuple[int, ...], rate: float) -> Array:
     size = int(np.prod(shape))
     words = jax.random.bits(key, ((size + 1) // 2,), jnp.uint32)
     halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size]
-    return (halves >= round(rate * (1 << 16))).reshape(shape)
+    return (halves >= min(round(rate * (1 << 16)), (1 << 16) - 1)).reshape(shape)
 
 
 def row_keep_mask(key: Array, rows_B: Array, shape: tuple[int, ...], rate: float, row_axis: int = 0) -> Array:
