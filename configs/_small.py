@@ -11,8 +11,8 @@ def small(config: Config, num_params: int, train_tokens: int, epochs: int) -> Co
     """The paper's recipe with less dropout, Adam's steps and a cosine for its few epochs.
 
     All architectures share dropout of words, of embeddings and between layers. Recurrent ones read a stream, with locked
-    masks, dropped weights, penalties and steps of random length (RNNs without dropped weights and penalties, with which they
-    learn next to nothing); Transformers read windows, with dropout of attention.
+    masks, weight drop, penalties of activations (AR, TAR) and steps of random length (RNNs without weight drop and penalties,
+    with which they learn far less); Transformers read windows, with dropout of attention.
 
     Args:
       config: of a corpus of words, with its architecture; changed and returned.

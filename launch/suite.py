@@ -23,13 +23,17 @@ from launch import command
 from lm.errors import UserError
 
 FLAGS = flags.FLAGS
-_GPU_SECONDS = 420  # then a call ends within ten minutes, the measurement that it is in included
+_GPU_SECONDS = 420  # a call then ends within ten minutes, the measurement that it is in included
 
 flags.DEFINE_enum("suite", None, ["cpu", "gpu", "curves"], "which measurements")
 flags.DEFINE_string("folder", None, "where results and page are written")
 flags.DEFINE_string("only", "", "measure only those whose name contains this")
 flags.DEFINE_integer(
-    "seconds", None, "start no further measurement after this many seconds; by default 420 for gpu, else no end", lower_bound=1
+    "seconds",
+    None,
+    "start no further measurement after this many seconds (the same command goes on); by default 420 for gpu, so that a call "
+    "fits into ten minutes on a machine that is shared, else no end",
+    lower_bound=1,
 )
 
 
@@ -60,6 +64,8 @@ def main(overrides):
     paths = [folder / f"{re.sub(r'[^a-z0-9]+', '_', wanted.name.lower()).strip('_')}.json" for wanted in measurements]
     for path, measurement in zip(paths, measurements, strict=True):
         check_same(path, measurement)
+    if FLAGS.suite != "gpu" and not all(path.exists() for path in paths):
+        check_hardware(paths)
     for number, (path, measurement) in enumerate(zip(paths, measurements, strict=True) if can_measure else ()):
         if path.exists() or FLAGS.only not in measurement.name:
             continue
@@ -96,6 +102,18 @@ def check_same(path, measurement):
             raise UserError(
                 f"{path} was measured with {name} = {kept.get(name)!r}, but it is {now!r} now; remove it and measure again"
             )
+
+
+def check_hardware(paths):
+    """Raises a UserError if what is kept was measured on another machine than what is to come would be."""
+    from lm.files import read_json
+    from lm.runs.folder import environment
+
+    here = environment()["hardware"]
+    for path in paths:
+        there = read_json(path, "")["environment"]["hardware"] if path.exists() else here
+        if there != here:
+            raise UserError(f"{path} was measured on {there}, and this is {here}; give a --folder of this machine's own")
 
 
 def platform():

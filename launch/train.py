@@ -20,7 +20,7 @@ flags.DEFINE_string(
     "config", None, "a config file, such as configs/compare/lstm.py; `:runlocal=1` behind it makes a trial of seconds"
 )
 flags.DEFINE_string("workdir", None, "the run's folder; made if need be")
-flags.DEFINE_boolean("dry_run", False, "print the parameters and what would happen, and do nothing")
+flags.DEFINE_boolean("dry_run", False, "print the parameters, the memory of a step and what would be trained, and train nothing")
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT on the first of several hosts, where they meet")
 flags.DEFINE_integer("num_processes", None, "how many processes train together, usually one on each host")
 flags.DEFINE_integer("process_id", None, "which of them this is, from 0")

@@ -8,7 +8,7 @@ def keep_freed_memory() -> bool:
     """Tells glibc to keep big freed buffers instead of returning them to the kernel; True if it took the settings.
 
     XLA's CPU client allocates a step's buffers anew each step. By default glibc maps and unmaps the big ones, and the page
-    faults cost a small model about half of its time (`python -m launch.benchmark --allocator=system` shows it). All threads
+    faults cost a small model a fifth of its time or more (`python -m launch.benchmark --allocator=system` shows it). All threads
     allocate from one arena, if this comes before their first allocation: the others would unmap a heap as soon as it is empty,
     whatever the threshold.
     """

@@ -12,6 +12,7 @@ from launch.command import load_config
 from lm.benchmark import page
 from lm.config import resolve
 from lm.errors import UserError
+from lm.runs import folder
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -133,6 +134,7 @@ def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(suite, "measure", measure)
+    monkeypatch.setattr(folder, "environment", lambda: {"hardware": "Abacus, 2 cores"})
     for arguments in (["--only=width 64: "], ["--only=width 64: "], ["--only=width"]):
         flags.FLAGS(["suite", "--suite=curves", f"--folder={tmp_path}", "--seconds=1000", *arguments])
         suite.main([])
@@ -142,6 +144,10 @@ def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch, capsys):
     kept = tmp_path / "width_64_gru.json"
     kept.write_text(kept.read_text().replace('"rounds": 3', '"rounds": 2'))
     with refused(f"{kept} was measured with rounds = 2, but it is 3 now", "remove it"):
+        suite.main([])
+    kept.unlink()
+    monkeypatch.setattr(folder, "environment", lambda: {"hardware": "Slide rule, 1 core"})
+    with refused("was measured on Abacus, 2 cores, and this is Slide rule, 1 core", "--folder"):
         suite.main([])
 
 

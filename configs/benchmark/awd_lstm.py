@@ -2,7 +2,7 @@
 
 python -m launch.benchmark --config=configs/benchmark/awd_lstm.py
 
-Dropout of words, of whole rows of time and of the recurrent matrices is on, as in training on the Penn Treebank.
+Word dropout, locked masks (the same for all steps of a segment) and weight drop are on, as in training on the Penn Treebank.
 """
 
 from configs._common import finish

@@ -182,8 +182,8 @@ class DataConfig(Section):
     min_count: int | None = setting(None, "word: occurrences in train below which a word becomes <unk>", at_least=1)
     order: str = setting(
         "stream",
-        "stream: contiguous rows, state carried from step to step; windows: shuffled, each starting empty; packed: such windows "
-        "in which no document sees another; padded: a document a row (a document ends with <eos>)",
+        "stream: contiguous rows, the carry passed from step to step; windows: shuffled, each starting empty; packed: such "
+        "windows in which no document sees another; padded: a document a row (a document ends with <eos>)",
         choices=("stream", "windows", "packed", "padded"),
     )
     seq_len: int = setting(64, "tokens of a row in one step", at_least=1)
@@ -227,7 +227,7 @@ class OptimizerConfig(Section):
         None, "step, plateau: factor on the learning rate, each epoch or each stall of valid", above=0, below=1
     )
     decay_start_epoch: int | None = setting(None, "step: epochs at the full learning rate", at_least=0)
-    plateau_patience: int | None = setting(None, "plateau: evaluations without improvement before a decay", at_least=0)
+    plateau_patience: int | None = setting(None, "plateau: looks at valid without improvement before a decay", at_least=0)
     weight_decay: float | None = setting(
         None, "decay of parameters per unit of learning rate; by default 0.01 for adamw, else 0", at_least=0
     )
@@ -279,7 +279,7 @@ class TrainingConfig(Section):
         200, "steps between looks at valid, each followed by a checkpoint", at_least=1, resumable=True
     )
     checkpoint_every_steps: int | None = setting(
-        None, "steps between further checkpoints; None: only after evaluations", at_least=1, resumable=True
+        None, "steps between further checkpoints; None: only after looks at valid", at_least=1, resumable=True
     )
     on_bad_step: str = setting(
         "stop",
@@ -290,7 +290,7 @@ class TrainingConfig(Section):
     spike_nats: float | None = setting(
         None, "a step is bad, too, whose loss lies so many nats per token above the recent mean; None: never", above=0
     )
-    early_stopping: int | None = setting(None, "evaluations without improvement after which training ends", at_least=1)
+    early_stopping: int | None = setting(None, "looks at valid without improvement after which training ends", at_least=1)
     init_from: str | None = setting(None, "workdir of a run whose best parameters are the start")
 
 
@@ -298,7 +298,7 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     _section: typing.ClassVar = "evaluation"
     context: int | None = setting(
-        None, "tokens of a window; None: state is carried through the whole split in one stream", at_least=1
+        None, "tokens of a window; None: the carry runs through the whole split in one stream", at_least=1
     )
     stride: int | None = setting(None, "tokens scored in each window after the first", at_least=1)
     rows: int = setting(16, "windows scored together; while training, parallel streams that the split is cut into", at_least=1)
