@@ -131,8 +131,9 @@ def test_what_may_be_drawn_and_how_often(sampling, support):
 def test_of_equal_logits_as_many_as_asked_for_are_left():
     logits_BV = jnp.tile(jnp.array([0.0, 1.0, 1.0, 1.0, -1.0]), (500, 1))
     for k in (1, 2):
-        tokens_B = draw(logits_BV, jax.random.key(2), Sampling(top_k=k))
-        assert sorted(set(tokens_B.tolist())) == [1, 2][:k]
+        for sampling in (Sampling(top_k=k), Sampling(top_p=0.285 * k)):  # each of the three equal ones has 0.2854
+            tokens_B = draw(logits_BV, jax.random.key(2), sampling)
+            assert sorted(set(tokens_B.tolist())) == [1, 2][:k]
 
 
 def test_all_of_the_probability_is_every_token():
