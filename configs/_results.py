@@ -6,9 +6,9 @@ from lm.reporting.results import Published, Row, Section
 OPENING = """\
 Perplexities of this codebase. Each figure is of one model as trained, at the checkpoint that was best in the quick looks at
 valid while training, on the whole split, every token scored once in corpus order, at temperature 1; what was done otherwise is
-said in its line. Test was scored once in each way. Bold is what was measured here beside published figures, and the lowest of a
-column where models are compared with each other. The JSON files behind the figures, with the protocol, the environment and the
-seed of each, lie beside this page, which is made of them alone:
+said in its line. Test was scored once in each way. Bold is what was measured here; of models on equal terms, the lowest of a
+column. The JSON files behind the figures, with the protocol, the environment and the seed of each, lie beside this page, which
+is made of them alone:
 
     python -m launch.results --folder=lm/reporting/results
 
