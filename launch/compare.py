@@ -44,17 +44,17 @@ def main(overrides):
     from lm import backend
     from lm.evaluation.evaluate import evaluate_run
     from lm.reporting.report import compare, write_report
-    from lm.runs.open import open_run
+    from lm.runs.open import open_best
 
     backend.start()
     for number, (name, folder) in enumerate(folders.items(), 1):
         label = f"[{number}/{len(folders)}] {name}"
         if name in drafts:
             console.train_shown(drafts[name], str(folder), label)
-        run = open_run(str(folder))
+        run = open_best(str(folder))
         scores = {split: evaluate_run(run, split)["perplexity"] for split in ("valid", "test")}
         print(f"{label}: perplexity valid {scores['valid']:.2f}, test {scores['test']:.2f}", flush=True)
-    by_position = _score_by_position(folders, open_run, evaluate_run)
+    by_position = _score_by_position(folders, open_best, evaluate_run)
     found = compare(folders)
     report = write_report(folders, FLAGS.workdir, by_position, found)
     print(f"\n{found.table.text().rstrip()}\n\n{found.summary}\n\nreport with plots: {report}")
@@ -77,18 +77,19 @@ def _named(paths, flag, parts):
 
 
 def _of_file(path):
-    return pathlib.Path(path.split(":")[0]).with_suffix("").parts
+    file = pathlib.Path(path.split(":")[0])
+    return file.with_suffix("").parts if file.name else (path,)
 
 
 def _of_folder(path):
     return pathlib.Path(path).resolve().parts
 
 
-def _score_by_position(folders, open_run, evaluate_run):
+def _score_by_position(folders, open_best, evaluate_run):
     """Scores valid in windows that each start empty, for the models that can take them; the names of the figures by run."""
     context, names = FLAGS.position_context, {}
     for name, folder in folders.items():
-        run = open_run(str(folder))
+        run = open_best(str(folder))
         if (run.config.model.max_positions or context) >= context:
             names[name] = evaluate_run(run, "valid", context=context, stride=context)["name"]
     return names

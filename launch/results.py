@@ -50,8 +50,8 @@ def main(overrides):
         if found is not None:
             runs.setdefault(row.path, []).append(found)
     page = write_page(folder, opening, sections, runs)
-    left = [path for path in rows if path not in runs]
-    print(f"page: {page}; {len(rows) - len(left)} of {len(rows)} rows are there")
+    left = [path for path, row in rows.items() if len(runs.get(path, ())) < len(row.seeds)]
+    print(f"page: {page}; {len(rows) - len(left)} of {len(rows)} rows are there, with all their seeds")
     return {"page": str(page), "left": left}
 
 
@@ -96,7 +96,7 @@ def _train_and_score(row, draft, workdir):
     from lm.config import replaced
     from lm.evaluation.evaluate import evaluate_run
     from lm.evaluation.variants import PLAIN
-    from lm.runs.open import open_run
+    from lm.runs.open import open_best, open_run
 
     backend.start()
     if FLAGS.data_path:
@@ -107,7 +107,7 @@ def _train_and_score(row, draft, workdir):
     label = f"{row.path}/{workdir.name}"
     console.train_shown(draft, str(workdir), label)
     for step in ("best", "latest") if row.last_epoch else ("best",):
-        run = open_run(str(workdir), step)
+        run = open_best(str(workdir)) if step == "best" else open_run(str(workdir), step)
         for variant in (PLAIN, *row.variants) if step == "best" else (PLAIN,):
             scores = {split: evaluate_run(run, split, variant=variant) for split in ("valid", "test")}
             print(

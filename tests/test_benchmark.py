@@ -272,6 +272,12 @@ class Adder:
     def overfill(self):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes")
 
+    def puzzle(self):
+        class Odd(Exception):  # as no pickle can hold
+            pass
+
+        raise Odd("a and b")
+
     def die(self):
         os._exit(9)
 
@@ -288,7 +294,9 @@ def test_a_worker_keeps_its_object_and_hands_errors_on():
             worker.call("overfill")
         assert worker.call("add", 1) == 7
         assert worker.call("variable", "LM_TEST_WORKER") == "there" and "LM_TEST_WORKER" not in os.environ
-        with refused("ended with exit code 9"):
+        with pytest.raises(RuntimeError, match="Odd: a and b"):
+            worker.call("puzzle")
+        with refused("ended with exit code 9", "what it said stands above"):
             worker.call("die")
     with refused("start is below 0"):
         Worker(Adder, -1)

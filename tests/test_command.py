@@ -299,6 +299,7 @@ BAD = [
     ("compare --configs={w}/lstm.py", ["--workdir is missing"]),
     ("compare --configs={w}/lstm.py --workdirs={w}/counted --workdir={w}/x", ["either --configs", "or --workdirs"]),
     ("compare --configs={w}/lstm.py,{w}/lstm.py --workdir={w}/x", ["--configs names the same thing twice", "{w}/lstm.py"]),
+    ("compare --configs=. --workdir={w}/x", ["--config=. is not a file"]),
     ("compare --configs={w}/lstm.py, --workdir={w}/x", ["--configs={w}/lstm.py, has nothing before or behind a comma"]),
     ("compare --workdirs={w}/run --workdir={w}/lstm.py", ["{w}/lstm.py/report.md cannot be written"]),
     ("compare --configs={w}/lstm.py,{w}/nowhere.py --workdir={w}/x", ["--config={w}/nowhere.py is not a file"]),

@@ -6,7 +6,7 @@ import math
 import shutil
 
 import pytest
-from helpers import ROOT, call_verbs, config_file, draft, untrained_run, write_corpus
+from helpers import ROOT, call_verbs, config_file, draft, refused, untrained_run, write_corpus
 
 import configs._results as registry
 from configs._common import steps_of
@@ -17,6 +17,7 @@ from lm.evaluation.evaluate import evaluate_run
 from lm.files import read_json, write_json
 from lm.models.build import count_params, solve_widths
 from lm.reporting.results import NOT_YET_RUN, Row, Section, keep, read_kept, write_page
+from lm.reporting.runs import read_run
 from lm.runs.open import open_run
 
 KEPT = ROOT / "lm" / "reporting" / "results"
@@ -169,6 +170,14 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path):
     kept = folder / "a" / "lstm" / "seed_0"
     assert not [file for file in kept.rglob("*") if file.suffix == ".npz"]
     assert read_json(kept / "evaluation" / "test.json", "")["text"] == "test.txt"
+
+    other = folder / "a" / "part" / "seed_0"
+    test = other / "evaluation" / "test.json"
+    write_json(test, {**read_json(test, ""), "text_sha256": "another"})
+    found = {"a/lstm": [read_run(kept)], "a/part": [read_run(other)]}
+    rows = tuple(Row(path, path, "lstm.py") for path in found)
+    with refused("cannot be compared on test: text_sha256"):
+        write_page(tmp_path / "mixed", "", [Section("Parts", "", "parts", rows)], found)
 
 
 def test_only_what_a_row_asks_for_is_kept(tmp_path):

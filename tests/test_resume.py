@@ -23,7 +23,7 @@ from lm.errors import Preempted, UserError
 from lm.parallel import place
 from lm.runs.checkpoint import Checkpoints
 from lm.runs.folder import RunFolder
-from lm.runs.open import open_run
+from lm.runs.open import open_best, open_run
 from lm.training import train as training
 from lm.training.metrics import MetricsLog
 from lm.training.train import Listener, train
@@ -578,6 +578,17 @@ def test_speed_is_told_of_the_steps_since_the_checkpoint(corpus, tmp_path):
     line = next(line for line in RunFolder(tmp_path).read_metrics() if line["step"] == 9)
     tokens = line["tokens"] / 9
     assert line["tokens_per_second"] == pytest.approx(tokens / (line["seconds"] - seconds), rel=0.05)
+
+
+def test_a_run_without_its_best_checkpoint_is_not_compared(runs, tmp_path):
+    _, workdir = runs["lstm"]
+    shutil.copytree(workdir, tmp_path / "run")
+    run = open_best(str(tmp_path / "run"))
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(run.step + 1, run.params, {"step": np.int32(run.step + 1)}, {"best_step": run.step})
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(run.step))
+    with refused(f"{tmp_path / 'run'} has no sound checkpoint that was best on valid", "launch.evaluate"):
+        open_best(str(tmp_path / "run"))
 
 
 def test_a_tokenizer_without_a_config_is_of_no_run(corpus, tmp_path):

@@ -69,6 +69,14 @@ def test_training_that_diverges_is_told_after_its_epoch(tmp_path):
         word_language_model.train(str(write_corpus(tmp_path / "corpus")), Settings(model="RNN_RELU", lr=1e30, clip=1e30, **SMALL))
 
 
+def test_a_text_too_short_for_its_rows_is_refused(tmp_path):
+    pytest.importorskip("torch")
+    corpus = write_corpus(tmp_path / "corpus")
+    (corpus / "test.txt").write_text("only a few words\n")
+    with refused(f"{corpus / 'test.txt'} has 5 tokens, too few for 10 rows"):
+        word_language_model.train(str(corpus), Settings(**SMALL))
+
+
 def test_a_missing_torch_is_said_with_the_extra_that_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with refused("needs PyTorch", "pip install -e '.[peers]'"):

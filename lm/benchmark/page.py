@@ -127,6 +127,8 @@ def _share(measurement, share):
     shown = "" if share is None else f"{share:.0%}"
     if target is None:
         return shown
+    if share is not None and share < target <= round(share, 2):  # cut, not rounded
+        shown = f"{share - 0.005:.0%}"
     return f"{f'**{shown}**' if share is not None and share >= target else shown} (target {target:.0%})".strip()
 
 
@@ -171,7 +173,8 @@ def curves(results: Sequence[Result], axis: str):
             look = dict(label=name, color=color, linewidth=2, marker="o", markersize=4)
             speed.plot(x, [result["tokens_per_second"]["median"] for result in points], **look)
             memory.plot(x, [_memory(result["memory"]) for result in points], **look)
-    for axes, label in ((speed, "training (tokens per second)"), (memory, "peak memory of the process (MiB)")):
+    where = "device" if any(result["memory"].get("device_peak_bytes") for result in results) else "process"
+    for axes, label in ((speed, "training (tokens per second)"), (memory, f"peak memory of the {where} (MiB)")):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(FixedLocator(values))

@@ -69,6 +69,9 @@ def train(path: str, settings: Settings, on_epoch: Callable[[dict[str, Any]], An
     tokens = {
         name: torch.from_numpy(corpus.tokenise(split, tokenizer, cache).tokens.astype(np.int64)) for name, split in splits.items()
     }
+    for name, rows in (("train", settings.batch_size), ("valid", _EVALUATION_ROWS), ("test", _EVALUATION_ROWS)):
+        if len(tokens[name]) < 2 * rows:
+            raise UserError(f"{splits[name].name} has {len(tokens[name])} tokens, too few for {rows} rows of at least 2")
     torch.manual_seed(settings.seed)
     model = _model(settings, tokenizer.vocab_size)
     train_TB, valid_TB = _rows(tokens["train"], settings.batch_size), _rows(tokens["valid"], _EVALUATION_ROWS)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -53,10 +54,13 @@ class Worker:
             value, error = self._connection.recv()
         except EOFError:
             self._process.join()
-            raise UserError(
-                f"a process that measures ended with exit code {self._process.exitcode}, as happens where memory runs out; "
-                "make config.data.batch_size or the model smaller"
-            ) from None
+            code = self._process.exitcode
+            if code == -signal.SIGKILL:
+                raise UserError(
+                    "a process that measures was killed, as happens where memory runs out; make config.data.batch_size or the "
+                    "model smaller"
+                ) from None
+            raise UserError(f"a process that measures ended with exit code {code}; what it said stands above") from None
         if error is not None:
             raise error
         return value
@@ -90,9 +94,10 @@ def _told(error):
     """The error to hand on: in one sentence where a device's memory ran out; what no one foresaw is shown with its place here."""
     if "RESOURCE_EXHAUSTED" in str(error) or type(error).__name__ == "OutOfMemoryError":
         return UserError("the device's memory ran out; make config.data.batch_size or the model smaller")
-    if not isinstance(error, UserError):
-        traceback.print_exception(error)
-    return error
+    if isinstance(error, UserError):
+        return error
+    traceback.print_exception(error)
+    return RuntimeError(f"{type(error).__name__}: {error}")  # not itself: what cannot be pickled would end the process
 
 
 @contextlib.contextmanager

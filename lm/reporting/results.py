@@ -14,6 +14,7 @@ from lm.config import Config, differences
 from lm.config.stored import from_json
 from lm.errors import UserError
 from lm.files import read_json, write_atomically, write_json
+from lm.reporting.comparable import check_comparable
 from lm.reporting.plots import learning_curves
 from lm.reporting.runs import Run, read_run
 from lm.reporting.table import MISSING, Table, comparison_table, duration, figures, parameters, place, result, scored_context
@@ -259,6 +260,9 @@ def _parts(section, runs):
     """What leaving a part out costs, in nats per token of valid and of test."""
     headers, lines = ("model", "valid", "test", "cost on valid", "cost on test", "config"), []
     whole = runs[section.rows[0].path]
+    named = [dataclasses.replace(run, name=f"{row.path}/{run.name}") for row in section.rows for run in runs[row.path]]
+    for split in ("valid", "test"):
+        check_comparable(named, split)
     for row in section.rows:
         scores = [[run.evaluation(split) for run in runs[row.path]] for split in ("valid", "test")]
         costs = [MISSING, MISSING]

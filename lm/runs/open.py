@@ -72,6 +72,21 @@ def open_run(workdir: str, step: str = "best") -> Run:
     return Run(folder, config, facts, tokenizer, model, checkpoints.params(chosen), chosen, which)
 
 
+def open_best(workdir: str) -> Run:
+    """Opens a trained run at its best checkpoint, for figures that stand beside those of others.
+
+    Raises:
+      UserError: as `open_run` does; or there is no such checkpoint, or a damaged one.
+    """
+    run = open_run(workdir)
+    if run.which != "best":
+        raise UserError(
+            f"{workdir} has no sound checkpoint that was best on valid, and no other is compared; train it on, or score what is "
+            f"there with launch.evaluate --workdir={workdir}"
+        )
+    return run
+
+
 def parameter_shapes(model: LanguageModel | Ngram) -> dict[str, tuple[int, ...]] | None:
     """Path -> shape of a neural model's parameters; None for an n-gram, whose tables are as long as the text makes them."""
     if isinstance(model, Ngram):
