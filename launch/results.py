@@ -29,7 +29,7 @@ def main(overrides):
         if FLAGS[name].value and not FLAGS.workdir:
             raise UserError(f"--{name} is set without --workdir, where rows are trained; give that too, or leave it out")
     from lm.files import check_writable
-    from lm.reporting.results import read_kept, write_page
+    from lm.reporting.results import is_scored, read_kept, write_page
 
     folder = pathlib.Path(FLAGS.folder)
     check_writable(folder / "README.md")
@@ -43,15 +43,21 @@ def main(overrides):
         for row in rows.values()
         for seed in row.seeds
     ]
+
+    def missing():
+        kept = ((each, read_kept(folder, *each)) for each in drafts)
+        return [each for each, run in kept if run is None or not is_scored(run, each[0])]
+
     if FLAGS.workdir:
-        _run_missing([each for each in drafts if FLAGS.only in each[0].path and read_kept(folder, *each) is None], folder)
+        _run_missing([each for each in missing() if FLAGS.only in each[0].path], folder)
     for row, seed, draft in drafts:
         found = read_kept(folder, row, seed, draft)
         if found is not None:
             runs.setdefault(row.path, []).append(found)
     page = write_page(folder, opening, sections, runs)
-    left = [path for path, row in rows.items() if len(runs.get(path, ())) < len(row.seeds)]
-    print(f"page: {page}; {len(rows) - len(left)} of {len(rows)} rows are there, with all their seeds")
+    incomplete = {row.path for row, _, _ in missing()}
+    left = [path for path in rows if path in incomplete]
+    print(f"page: {page}; {len(rows) - len(left)} of {len(rows)} rows are there, with all their seeds and ways of scoring")
     return {"page": str(page), "left": left}
 
 

@@ -171,6 +171,12 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path):
     assert not [file for file in kept.rglob("*") if file.suffix == ".npz"]
     assert read_json(kept / "evaluation" / "test.json", "")["text"] == "test.txt"
 
+    for split in ("valid", "test"):  # as if the row had got this way of scoring since
+        for seed in (0, 1):
+            (folder / "a" / "lstm" / f"seed_{seed}" / "evaluation" / f"{split}.dynamic-sgd-0.1-0.0-5.json").unlink()
+    (asked,) = call_verbs([verb], tmp_path / "asked")
+    assert asked.code == 0 and "2 of 4 rows are there, with all their seeds and ways of scoring" in asked.out
+
     other = folder / "a" / "part" / "seed_0"
     test = other / "evaluation" / "test.json"
     write_json(test, {**read_json(test, ""), "text_sha256": "another"})

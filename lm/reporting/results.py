@@ -117,11 +117,18 @@ def read_kept(folder: pathlib.Path, row: Row, seed: int, draft: Config) -> Run |
         return None
     then = from_json(read_json(path / "config.json", "")["given"])
     changed = differences(then, draft)
-    if then.training.num_steps != draft.training.num_steps:
-        changed.append(f"training.num_steps: {then.training.num_steps} then, {draft.training.num_steps} now")
+    for name in ("num_steps", "evaluate_every_steps"):  # which a run may change, and a row may not
+        before, now = getattr(then.training, name), getattr(draft.training, name)
+        if before != now:
+            changed.append(f"training.{name}: {before} then, {now} now")
     if changed:
         raise UserError(f"{path} was made with another config ({'; '.join(changed)}): remove it and run the row again")
     return read_run(path)
+
+
+def is_scored(run: Run, row: Row) -> bool:
+    """Whether a kept run has a figure for each way of scoring that the row names today."""
+    return all(f"{split}{variant.ending}" in run.evaluations for split in ("valid", "test") for variant in row.variants)
 
 
 def write_page(
