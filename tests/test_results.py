@@ -16,8 +16,9 @@ from lm.config import resolve
 from lm.evaluation.evaluate import evaluate_run
 from lm.files import read_json, write_json
 from lm.models.build import count_params, solve_widths
-from lm.reporting.results import NOT_YET_RUN, Row, Section, keep, read_kept, write_page
+from lm.reporting.results import NOT_YET_RUN, Row, Section, keep, read_kept, run_path, write_page
 from lm.reporting.runs import read_run
+from lm.runs.folder import RunFolder
 from lm.runs.open import open_run
 
 KEPT = ROOT / "lm" / "reporting" / "results"
@@ -193,6 +194,20 @@ def test_only_what_a_row_asks_for_is_kept(tmp_path):
         evaluate_run(open_run(str(workdir)), **options)
     keep(workdir, tmp_path / "kept", Row("a/ngram", "n-gram", "ngram.py"), config)
     assert {path.name for path in (tmp_path / "kept" / "evaluation").iterdir()} == {"valid.json", "test.json"}
+
+
+def test_what_a_run_may_change_a_row_may_not(tmp_path):
+    """More steps, and looks at valid, which choose the best checkpoint; not how often it logs."""
+    corpus, row = write_corpus(tmp_path / "corpus"), Row("a/lstm", "LSTM", "lstm.py")
+    config = draft(corpus)
+    RunFolder(run_path(tmp_path, row, 0)).write_config(config, resolve(config), {})
+    steps = config.training.num_steps
+    for field, value in (("num_steps", steps + 1), ("evaluate_every_steps", 7)):
+        with refused(f"training.{field}: ", f" then, {value} now", "remove it and run the row again"):
+            read_kept(tmp_path, row, 0, draft(corpus, **{f"training__{field}": value}))
+    RunFolder(run_path(tmp_path, row, 0)).write_environment({})
+    with refused("is not evaluated yet"):  # the config is the row's
+        read_kept(tmp_path, row, 0, draft(corpus, training__log_every_steps=7))
 
 
 def test_a_peer_stands_where_a_paper_does(tmp_path):
