@@ -45,6 +45,7 @@ def main(overrides):
 
     from configs.benchmark._suites import SUITES
     from lm.benchmark.page import write_page
+    from lm.benchmark.workers import changed_environment
     from lm.files import check_writable, write_json
 
     folder, started, left, failed = pathlib.Path(FLAGS.folder), time.monotonic(), 0, []
@@ -60,27 +61,34 @@ def main(overrides):
         return write_page(folder, heading, about, [dataclasses.asdict(m) for m in measurements], shown)
 
     page()  # before hours of work: what cannot be read is told now
-    can_measure = FLAGS.suite != "gpu" or platform() == "gpu"
     paths = [folder / f"{re.sub(r'[^a-z0-9]+', '_', wanted.name.lower()).strip('_')}.json" for wanted in measurements]
     for path, measurement in zip(paths, measurements, strict=True):
         check_same(path, measurement)
-    if FLAGS.suite != "gpu" and not all(path.exists() for path in paths):
-        check_hardware(paths)
-    for number, (path, measurement) in enumerate(zip(paths, measurements, strict=True) if can_measure else ()):
-        if path.exists() or FLAGS.only not in measurement.name:
-            continue
-        if time.monotonic() - started > seconds:
-            left += 1
-            continue
-        print(measurement.name, flush=True)
-        try:
-            result = measure(measurement)
-        except UserError as error:  # the others can still be had
-            failed.append(measurement.name)
-            print(f"  not measured: {error}", file=sys.stderr, flush=True)
-            continue
-        write_json(path, {**result, "measurement": {**dataclasses.asdict(measurement), "number": number}})
-        page()  # after each, since what ends this process need not end what it has measured
+    wanting = [
+        (number, path, measurement)
+        for number, (path, measurement) in enumerate(zip(paths, measurements, strict=True))
+        if not path.exists()
+    ]
+    with changed_environment({"JAX_PLATFORMS": "cpu"} if FLAGS.suite == "cpu" else {}):
+        here = machine() if wanting else {}
+        can_measure = not wanting or FLAGS.suite != "gpu" or here["platform"] == "gpu"
+        if wanting and can_measure:
+            check_machine(zip(paths, measurements, strict=True), here)
+        for number, path, measurement in wanting if can_measure else ():
+            if FLAGS.only not in measurement.name:
+                continue
+            if time.monotonic() - started > seconds:
+                left += 1
+                continue
+            print(measurement.name, flush=True)
+            try:
+                result = measure(measurement)
+            except UserError as error:  # the others can still be had
+                failed.append(measurement.name)
+                print(f"  not measured: {error}", file=sys.stderr, flush=True)
+                continue
+            write_json(path, {**result, "measurement": {**dataclasses.asdict(measurement), "number": number}})
+            page()  # after each, since what ends this process need not end what it has measured
     written = page()
     if not can_measure:
         raise UserError(f"the gpu suite needs a GPU, and JAX sees none here; {written} says what is not yet measured")
@@ -104,29 +112,43 @@ def check_same(path, measurement):
             )
 
 
-def check_hardware(paths):
-    """Raises a UserError if what is kept was measured on another machine than what is to come would be."""
+def check_machine(measurements, here):
+    """Raises a UserError if what is kept was measured on another machine than what is to come would be.
+
+    Args:
+      measurements: (path of its result, Measurement) of each.
+      here: as `machine` has it.
+    """
     from lm.files import read_json
-    from lm.runs.folder import environment
+    from lm.reporting.table import place
 
-    here = environment()["hardware"]
-    for path in paths:
-        there = read_json(path, "")["environment"]["hardware"] if path.exists() else here
-        if there != here:
-            raise UserError(f"{path} was measured on {there}, and this is {here}; give a --folder of this machine's own")
+    for path, measurement in measurements:
+        if not path.exists():
+            continue
+        there = read_json(path, "")["environment"]
+        told = ("hardware",) if measurement.num_emulated else ("hardware", "platform", "device")
+        if any(there.get(name) != here[name] for name in told):
+            raise UserError(
+                f"{path} was measured on {place(there)}, and this is {place(here)}; give a --folder of this machine's own"
+            )
 
 
-def platform():
-    """What JAX finds, asked in a process of its own: one that holds a GPU's memory would stand in the way.
+def machine():
+    """This machine and the devices that JAX finds, asked in a process of its own: one that holds a GPU would stand in the way.
 
     Raises:
       UserError: it finds not what JAX_PLATFORMS asks for.
     """
-    asked = "from lm.backend import start; start(); import jax; print(jax.default_backend())"
+    from lm.runs.folder import environment
+
+    asked = (
+        "import json; from lm.backend import start; from lm.parallel import Placement, device_summary; start(); "
+        "print(json.dumps(device_summary(Placement())))"
+    )
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"JAX does not start: {done.stderr.strip().splitlines()[-1].removeprefix('lm.errors.UserError: ')}")
-    return done.stdout.strip()
+    return {**environment(), **json.loads(done.stdout)}
 
 
 def measure(measurement):

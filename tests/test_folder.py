@@ -11,6 +11,7 @@ from helpers import ROOT, changed, refused
 
 from lm import files
 from lm.config import Config, resolve
+from lm.runs import folder as folders
 from lm.runs.folder import RunFolder, environment
 
 
@@ -196,6 +197,20 @@ def test_the_environment_says_what_ran(tmp_path):
     assert (saved["platform"], saved["num_devices"]) == ("cpu", 3)
     assert set(saved) >= {"date", "command", "commit", "hardware", "flax", "optax", "numpy"}
     assert environment()["command"]
+
+
+@pytest.mark.parametrize(
+    "told, shown",
+    [
+        ("model name\t: Abacus 3\nflags\t\t: fpu avx2 avx512f\n\nmodel name\t: Abacus 3\n", "Abacus 3 with AVX-512"),
+        ("flags: avx avx2\nmodel name: Abacus: new\n", "Abacus: new with AVX2"),
+        ("model name: Abacus\nFeatures: neon\n", "Abacus"),
+    ],
+)
+def test_machines_whose_processors_have_one_name_are_told_apart(told, shown, tmp_path):
+    (tmp_path / "cpuinfo").write_text(told)
+    assert folders._processor(tmp_path / "cpuinfo") == shown
+    assert folders._processor(tmp_path / "none")  # as elsewhere than on Linux
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

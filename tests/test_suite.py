@@ -1,6 +1,7 @@
 """launch.suite: its measurements are real ones, what is there is not measured again, and the page says what the files say."""
 
 import json
+import os
 import pathlib
 
 import pytest
@@ -12,7 +13,6 @@ from launch.command import load_config
 from lm.benchmark import page
 from lm.config import resolve
 from lm.errors import UserError
-from lm.runs import folder
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -31,10 +31,13 @@ def test_every_measurement_of_a_suite_is_one_of_its_own(suite, monkeypatch):
             assert config.data.seq_len == measurement.value and config.data.seq_len * config.data.batch_size == 8192
 
 
+DEVICE = {"platform": "cpu", "device": "cpu", "num_devices": 1}
+
+
 def result(number, name, model, speed, against=None, target=None, mode="train", axis=None, value=None):
     """As much of a measurement's file as the page reads."""
     memory = {"host_peak_bytes": (500 + number) * 2**20, "host_peak_bytes_before": 1, "device_peak_bytes": None}
-    where = {"hardware": "Abacus, 2 cores", "python": "3.11", "jax": "0.10", "date": f"2026-01-0{number + 1}"}
+    where = {"hardware": "Abacus, 2 cores", "python": "3.11", "jax": "0.10", "date": f"2026-01-0{number + 1}", **DEVICE}
     return {
         "measurement": {"number": number, "name": f"{mode}: {name}", "target": target, "axis": axis, "value": value},
         "mode": mode,
@@ -136,7 +139,7 @@ def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(suite, "measure", measure)
-    monkeypatch.setattr(folder, "environment", lambda: {"hardware": "Abacus, 2 cores"})
+    monkeypatch.setattr(suite, "machine", lambda: {"hardware": "Abacus, 2 cores", **DEVICE})
     for arguments in (["--only=width 64: "], ["--only=width 64: "], ["--only=width"]):
         flags.FLAGS(["suite", "--suite=curves", f"--folder={tmp_path}", "--seconds=1000", *arguments])
         suite.main([])
@@ -148,9 +151,42 @@ def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch, capsys):
     with refused(f"{kept} was measured with rounds = 2, but it is 3 now", "remove it"):
         suite.main([])
     kept.unlink()
-    monkeypatch.setattr(folder, "environment", lambda: {"hardware": "Slide rule, 1 core"})
+    monkeypatch.setattr(suite, "machine", lambda: {"hardware": "Slide rule, 1 core", **DEVICE})
     with refused("was measured on Abacus, 2 cores, and this is Slide rule, 1 core", "--folder"):
         suite.main([])
+    on_gpu = {"hardware": "Abacus, 2 cores", "platform": "gpu", "device": "H100", "num_devices": 8}
+    monkeypatch.setattr(suite, "machine", lambda: on_gpu)
+    with refused("was measured on Abacus, 2 cores, and this is Abacus, 2 cores, 8 × H100"):
+        suite.main([])
+
+
+def test_devices_that_are_emulated_are_of_any_machine_with_that_processor(tmp_path):
+    from launch import suite
+
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({"environment": {"hardware": "Abacus, 2 cores", **DEVICE, "num_devices": 4}}))
+    on_gpu = {"hardware": "Abacus, 2 cores", "platform": "gpu", "device": "H100", "num_devices": 8}
+    emulated = next(measurement for measurement in SUITES["curves"]() if measurement.num_emulated)
+    suite.check_machine([(path, emulated)], on_gpu)
+    with refused("was measured on Abacus"):
+        suite.check_machine([(path, emulated)], on_gpu | {"hardware": "Slide rule, 1 core"})
+
+
+def test_the_cpu_suite_is_measured_on_the_cpu_of_any_machine(tmp_path, monkeypatch):
+    from launch import suite
+
+    seen = []
+
+    def measure(measurement):
+        seen.append(os.environ["JAX_PLATFORMS"])
+        return {key: value for key, value in result(0, "", "lstm", 5.0).items() if key != "measurement"}
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setattr(suite, "measure", measure)
+    flags.FLAGS(["suite", "--suite=cpu", f"--folder={tmp_path}", "--only=generate: RNN 2 × 650, 1 at"])
+    suite.main([])
+    assert seen == ["cpu"] and os.environ["JAX_PLATFORMS"] == ""
 
 
 def test_what_cannot_be_measured_is_told_and_the_rest_is_done(tmp_path, monkeypatch, capsys):

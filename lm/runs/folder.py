@@ -173,14 +173,16 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _processor():
+def _processor(cpuinfo=pathlib.Path("/proc/cpuinfo")):
+    """Its name, and where that is told the width of its vectors: a rented one's name may be its maker's alone."""
     try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = (line.partition(":")[::2] for line in cpuinfo.read_text().splitlines())
+        told = {name.strip(): value.strip() for name, value in lines}
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        told = {}
+    name, flags = told.get("model name") or platform.processor() or platform.machine(), told.get("flags", "").split()
+    vectors = next((shown for flag, shown in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), None)
+    return f"{name} with {vectors}" if vectors else name
 
 
 def _num_cores():
