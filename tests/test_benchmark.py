@@ -16,6 +16,7 @@ from helpers import ROOT, corpus_of, draft, refused, write_corpus
 from lm.benchmark import benchmark as benchmarks, peer_side, scan_peer, torch_models, torch_peer
 from lm.benchmark.benchmark import benchmark
 from lm.benchmark.flops import TRAINING, forward_flops_per_token
+from lm.benchmark.machine import SquareMatmul
 from lm.benchmark.units import Generation
 from lm.benchmark.workers import Worker
 from lm.benchmark.workloads import Task, workload
@@ -375,6 +376,25 @@ def test_a_vocabulary_beyond_the_texts_makes_the_model_larger_and_nothing_else(t
     assert initialise(wide.model, 0)["embedding"]["table"].shape == (5000, width)
     with refused("--vocab_size=3 is smaller than the vocabulary of the text"):
         Task(draft(text, "lstm"), vocab_size=3).prepare()
+
+
+@pytest.mark.parametrize(
+    "mode, compute_dtype, precision",
+    [("train", "float32", "default"), ("evaluate", "float32", "highest"), ("evaluate", "bfloat16", "default")],
+)
+def test_the_matmul_is_rounded_as_those_of_what_is_measured(mode, compute_dtype, precision, tmp_path, monkeypatch):
+    asked = []
+
+    def square(placement, *kind):
+        asked.append(kind)
+        return SquareMatmul(placement, *kind, size=8)
+
+    monkeypatch.setattr(benchmarks, "SquareMatmul", square)
+    monkeypatch.setattr(benchmarks, "start", lambda *_, **__: None)  # what it sets would stay for other tests
+    task = Task(draft(write_corpus(tmp_path / "corpus"), "rnn", compute_dtype=compute_dtype), mode)
+    with contextlib.closing(benchmarks.OurSide(task, "system", tmp_path)) as ours:
+        assert ours.matmul_rate() > 0
+    assert asked == [(compute_dtype, precision)]
 
 
 CONFIG = """

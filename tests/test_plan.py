@@ -52,7 +52,7 @@ CASES = [
     ("lstm", (1, 1, 4)),
     ("gru", (1, 4, 1)),
 ]
-EMULATED = Machine("emulated", flops=1e11, memory=2**40, link=1e10, merges=False, narrow=False)
+EMULATED = Machine("emulated", flops={"float32": 1e11, "bfloat16": 2e11}, memory=2**40, link=1e10, merges=False, narrow=False)
 
 
 def config_of(model, mesh_shape, compute_dtype="float32"):
@@ -114,7 +114,9 @@ def test_by_hand():
     assert plan(config, V, (1, 1, 1), EMULATED).sent_bytes == 0
     assert planned.sending_seconds == planned.sent_bytes / EMULATED.link
     per_token = 3 * (2 * (2 * 12 * D * D + V * D) + 4 * 2 * D * (T + 1) / 2)  # forward and twice backward
-    assert planned.compute_seconds == pytest.approx(per_token * B * T / (4 * EMULATED.flops / 2))
+    assert planned.compute_seconds == pytest.approx(per_token * B * T / (4 * EMULATED.flops["float32"] / 2))
+    half = plan(config_of("transformer", (4, 1, 1), "bfloat16"), V, (4, 1, 1), EMULATED)
+    assert half.compute_seconds == planned.compute_seconds / 2
     assert planned.share == planned.sending_seconds / (planned.sending_seconds + planned.compute_seconds)
 
 

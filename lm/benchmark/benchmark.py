@@ -229,7 +229,10 @@ class OurSide:
         }
 
     def _square(self):
-        self._matmul = self._matmul or SquareMatmul(self._placement, self._experiment.config.compute_dtype)
+        if self._matmul is None:
+            dtype = self._experiment.config.compute_dtype
+            exact = self._task.mode == "evaluate" and dtype == "float32"  # as lm.evaluation.scorers has it
+            self._matmul = SquareMatmul(self._placement, dtype, "highest" if exact else "default")
         return self._matmul
 
     def matmul_rate(self) -> float:

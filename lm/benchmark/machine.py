@@ -21,15 +21,20 @@ class SquareMatmul:
       size: rows and columns.
     """
 
-    def __init__(self, placement: Placement, dtype: str, size: int | None = None):
-        """Compiles it and runs it once; `size` None is 2048 on a CPU and 8192 elsewhere."""
+    def __init__(self, placement: Placement, dtype: str, precision: str = "default", size: int | None = None):
+        """Compiles it and runs it once.
+
+        Args:
+          precision: of jax.numpy.matmul, where an accelerator rounds what it multiplies.
+          size: None is 2048 on a CPU and 8192 elsewhere.
+        """
         on_cpu = placement.devices[0].platform == "cpu"
         self.size, self._in_a_row = size or (2048 if on_cpu else 8192), 1 if on_cpu else 100
         placement = Placement(placement.num_devices)  # a product on each device, also where the state is split
         self._num_devices = placement.num_devices
         factor = np.random.default_rng(0).standard_normal((self.size, self.size), np.float32)
         self._factor = placement.put_state(factor.astype(jnp.dtype(dtype)))
-        self._product = placement.compile(lambda x: (x @ x,), ("state",))
+        self._product = placement.compile(lambda x: (jnp.matmul(x, x, precision=precision),), ("state",))
         jax.block_until_ready(self._product(self._factor))
 
     def rate(self, repetitions: int = 3) -> float:

@@ -7,7 +7,7 @@ compiled for small models. Split evenly, as models of size are: what an axis doe
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ class Machine:
 
     Attributes:
       name: as people call it.
-      flops: per second and device, of matmuls in `compute_dtype`.
+      flops: per second and device, of matmuls by the `compute_dtype` that JAX is given; float32 is rounded to TF32 or bfloat16.
       reached: share of them that a training step is taken to reach, an assumption.
       memory: bytes per device.
       link: bytes per second that a device sends to its neighbours: along one of the axes of a torus, or within a node.
@@ -49,7 +49,7 @@ class Machine:
     """
 
     name: str
-    flops: float
+    flops: Mapping[str, float]
     memory: float
     link: float
     torus_axes: int = 0
@@ -85,10 +85,11 @@ class Machine:
 
 # Google's page of v5p (a chip has six links, and 1,200 GB/s both ways in all); NVIDIA's data sheets (matmuls without sparsity,
 # NVLink one way), and InfiniBand of 400 Gb/s for each GPU.
+_HOPPER = {"bfloat16": 989e12, "float32": 495e12}
 MACHINES = {
-    "v5p": Machine("TPU v5p", 459e12, 95 * 2**30, 200e9, torus_axes=3),
-    "h100": Machine("H100 SXM", 989e12, 80e9, 450e9, node=8, network=50e9),
-    "h200": Machine("H200 SXM", 989e12, 141e9, 450e9, node=8, network=50e9),
+    "v5p": Machine("TPU v5p", {"bfloat16": 459e12, "float32": 459e12}, 95 * 2**30, 200e9, torus_axes=3),
+    "h100": Machine("H100 SXM", _HOPPER, 80e9, 450e9, node=8, network=50e9),
+    "h200": Machine("H200 SXM", _HOPPER, 141e9, 450e9, node=8, network=50e9),
 }
 
 
@@ -187,7 +188,7 @@ def _plan(sizes, mesh_shape, machine):
         step.state_bytes(),
         step.memory(),
         sent,
-        sizes.flops / (math.prod(mesh_shape) * machine.flops * machine.reached),
+        sizes.flops / (math.prod(mesh_shape) * machine.flops[sizes.config.compute_dtype] * machine.reached),
         sum(part.num_bytes / machine.bandwidth(mesh_shape, part.axes) for part in sent),
     )
 

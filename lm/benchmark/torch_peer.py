@@ -83,6 +83,8 @@ class Peer:
       versions: the library with its version, and the number of its threads.
     """
 
+    _MATMULS_ON_GPU = "high"  # of float32: TF32, as in JAX there
+
     def __init__(self, config: Config, vocab_size: int, params: Any, source: Any, device: str = "cpu", length: int = 0):
         """Builds the model with a copy of the parameters.
 
@@ -104,7 +106,7 @@ class Peer:
                     f"--against=torch compares on the GPU that JAX uses, but torch {torch.__version__} finds none; install one "
                     "that is built for it, or set JAX_PLATFORMS=cpu"
                 )
-            torch.set_float32_matmul_precision("high")  # TF32, which float32 is in JAX there
+            torch.set_float32_matmul_precision(self._MATMULS_ON_GPU)
         self._config, self._source, self._device = config, source, torch.device(device)
         self.model = torch_models.build(config, vocab_size, max(config.data.seq_len, length))
         copied = {
@@ -250,6 +252,8 @@ class TrainingPeer(Peer):
 
 class EvaluationPeer(Peer):
     """Scores every token of the batches, its state carried from one to the next."""
+
+    _MATMULS_ON_GPU = "highest"  # as lm.evaluation.scorers has it
 
     def __init__(self, *args, **options):
         """Like Peer."""
