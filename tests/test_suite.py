@@ -84,7 +84,7 @@ def test_the_page_says_what_the_files_say(tmp_path):
         {"name": "generate: LSTM", "mode": "generate", "axis": None, "target": 3.0},
         {"name": "batch size 4: gru", "mode": "train", "axis": "batch size", "target": None},
     ]
-    assert "| GRU | 1,550 | 500 (lax.scan) | **3.10** | 3.00 |  |  | 509 MiB, 700 MiB | 42% |" in page.table([scanned])
+    assert "| GRU | 1,550 | 500 (lax.scan) | **3.10** | 3.00 (41%) |  |  | 509 MiB, 700 MiB | 42% |" in page.table([scanned])
     scanned["measurement"]["target_share"] = 0.4
     assert page.table([scanned])[-1].endswith("| **42%** (target 40%) |")
     scanned["measurement"]["target_share"] = 0.45
@@ -93,14 +93,14 @@ def test_the_page_says_what_the_files_say(tmp_path):
     assert page.table([scanned])[-1].endswith("| 44% (target 45%) |")
     assert [page._against_target(ratio, 1.3) for ratio in (1.3, 1.2951, 1.2949)] == ["**1.30**", "1.29", "1.29"]
     former = result(9, "GRU", "gru", 1_550, {"name": "torch", "allocators": {"system": peer(500, 3.1, formerly=True)}}, 3.0)
-    assert "| GRU | 1,550 | 500 † | 3.10 | 3.00 |  |  | 509 MiB | 42% |" in page.table([former])  # it reached nothing
+    assert "| GRU | 1,550 | 500 † | 3.10 | 3.00 (41%) |  |  | 509 MiB | 42% |" in page.table([former])  # it reached nothing
     assert any("†" in line for line in page.provenance([former])) and not any("†" in line for line in page.provenance(results))
     assert any("ratio" in line for line in page.provenance(results)) and "ratio" not in str(page.provenance(results[2:]))
     text = page.write_page(tmp_path, "Speed", "Of some.", suite, "python -m this").read_text()
     assert text.startswith("# Speed\n\nOf some.\n\n`python -m this`\n\n## Training\n")
     assert "| LSTM | not yet measured |  |  | 3.00 |  |  |  |  |" in text.splitlines()
     assert "Points of the curves that are not yet measured: 1." in text.splitlines()
-    row = "| LSTM 2 × 200 | 12,000 | 8,000 | 1.50 | 1.80 | 10,000 (compiled) | 1.20 | 500 MiB, 700 MiB | 42% |"
+    row = "| LSTM 2 × 200 | 12,000 | 8,000 | 1.50 | 1.80 (50%) | 10,000 (compiled) | 1.20 | 500 MiB, 700 MiB | 42% |"
     assert row in text.splitlines()
     assert "| RNN | 12,345 |  |  |  |  |  | 501 MiB | 42% |" in text.splitlines()
     assert text.index("## Training") < text.index("## Evaluation") < text.index("## By batch size")

@@ -23,6 +23,7 @@ _AXES = {
 
 _OF_A_RATIO = (
     "- A ratio is ours over the peer's; the target is what this project set itself, and a ratio that reaches it is bold.",
+    "- In brackets behind a target: what share of the matmul peak, in the last column, it would take beside that peer.",
     "- The peer is PyTorch, eager or compiled, whichever was faster, or where it says so a plain lax.scan with our optimiser.",
 )
 _ON_A_GPU = ("- torch's autocast to bfloat16 runs cuDNN's recurrences in float16, whatever type it is asked for.",)
@@ -103,7 +104,7 @@ def table(results: Sequence[Result]) -> list[str]:
             f"{result['tokens_per_second']['median']:,.0f}",
             _peer_speed(result, plain),
             _against_target(plain["ratio"]["median"], None if _held_jax(plain, result) else target) if plain else "",
-            f"{target:.2f}" if target else "",
+            _target(target, result, plain),
             _peer_speed(result, tuned),
             f"{tuned['ratio']['median']:.2f}" if tuned else "",
             ", ".join(f"{_memory(side['memory']):,.0f} MiB" for side in (result, plain) if side and not _held_jax(side, result)),
@@ -119,6 +120,13 @@ def _against_target(ratio, target):
         return f"**{ratio:.2f}**"
     falls_short = target and round(ratio, 2) >= target
     return f"{ratio - 0.005:.2f}" if falls_short else f"{ratio:.2f}"
+
+
+def _target(target, result, peer):
+    """The ratio asked for, and what share of the matmul peak it would take to reach it beside that peer."""
+    if not target or peer is None:
+        return f"{target:.2f}" if target else ""
+    return f"{target:.2f} ({result['share_of_matmul_peak'] * target / peer['ratio']['median']:.0%})"
 
 
 def _share(measurement, share):
