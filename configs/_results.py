@@ -165,7 +165,7 @@ what was reached in equal time, are rough.""",
     ),
     Section(
         "Small models of WikiText-2 on equal terms",
-        "Eight million parameters each and four epochs, otherwise as those of the Penn Treebank, with their learning rates.",
+        "Eight million parameters each and three epochs, otherwise as those of the Penn Treebank, with their learning rates.",
         "equal",
         tuple(_row(f"wikitext2/small/{model.lower()}", model) for model in ("RNN", "GRU", "LSTM", "Transformer")),
     ),

@@ -12,4 +12,4 @@ from configs.wikitext2._text import TRAIN_TOKENS, wikitext2
 
 
 def get_config(argument=""):
-    return finish(small(wikitext2("transformer"), 8_000_000, TRAIN_TOKENS, epochs=4), argument)
+    return finish(small(wikitext2("transformer"), 8_000_000, TRAIN_TOKENS, epochs=3), argument)
