@@ -114,6 +114,13 @@ class Placement:
             return _Compiled(jax.jit(function, donate_argnums=donate))
         return _Compiled(jax.pmap(function, axis_name=_AXIS, devices=self.devices, donate_argnums=donate))
 
+    def make_state(self, function: Callable, *trees) -> Any:
+        """The global tree that a function makes of global trees, such as `put_state` takes, each part where it will lie.
+
+        What is split over many devices need not be held by one first.
+        """
+        return function(*trees)
+
     def put_state(self, tree):
         """A global tree, replicated."""
         if self.num_devices == 1:
@@ -228,6 +235,10 @@ class Sharded(Placement):
 
         return _Compiled(jax.jit(constrained, donate_argnums=donate))
 
+    def make_state(self, function, *trees):
+        made = self.compile(lambda *trees: (function(*trees),), ("state",))
+        return made(*map(self.put_state, trees))[0]
+
     def put_state(self, tree):
         return _put(tree, self._state_shardings(tree))
 
@@ -294,12 +305,18 @@ def _spec(name, shape, sizes):
 
 
 def _put(tree, shardings):
-    """A global tree on all devices of its shardings (or of the one), of which each process fills its own."""
+    """A global tree on all devices of its shardings (or of the one), of which each process fills its own; or has already."""
     if processes.number() == 1:
         return jax.device_put(tree, shardings)
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _, one=shardings: one, tree)
-    return jax.tree.map(lambda x, s: jax.make_array_from_callback(np.shape(x), s, np.asarray(x).__getitem__), tree, shardings)
+
+    def put(x, sharding):
+        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+            return x
+        return jax.make_array_from_callback(np.shape(x), sharding, np.asarray(x).__getitem__)
+
+    return jax.tree.map(put, tree, shardings)
 
 
 def _held(sharding, num_rows) -> slice:

@@ -113,9 +113,11 @@ def test_a_carry_of_eight_devices_goes_on_elsewhere(emulated, devices):
 @pytest.mark.parametrize("architecture", EXPERIMENTS)
 def test_each_device_holds_its_share_of_the_state(emulated, architecture, mesh):
     """Of widths that divide. Of a vector that divides less often the rest is small."""
-    whole, held = emulated[architecture]["bytes"][mesh]
+    whole, held, held_where_made, making = emulated[architecture]["bytes"][mesh]
     _, fsdp, tensor = mesh
-    assert len(held) == 8
+    assert held_where_made == held and len(held) == 8
+    if fsdp * tensor > 1:  # matrices that start orthogonal are decomposed on each device
+        assert making < 0.7 * whole
     assert max(held) <= whole / (fsdp * tensor) * 1.05 and min(held) >= whole / (fsdp * tensor)
 
 
@@ -320,7 +322,8 @@ def train_everywhere(architecture, found):
 
 
 def bytes_held(config, mesh):
-    """Bytes of the state of a model whose widths divide, and what each device holds of it."""
+    """Bytes of the state of a model whose widths divide; what each device holds of it where it was put and where it was made, and
+    what one takes at most while it is made."""
     from lm.config import replaced
     from lm.models.build import build, initialise
     from lm.training import optimizer as optimizers
@@ -329,12 +332,23 @@ def bytes_held(config, mesh):
     config = replaced(config, "model", hidden_dim=16, mlp_dim=config.model.mlp_dim and 64)
     config = replaced(config, "optimizer", name="adamw", b1=0.9, b2=0.999)
     optimizer, _ = optimizers.build(config, steps_per_epoch=10)
-    state = jax.device_get(initial_state(initialise(build(config, 64), 0), optimizer))
-    held = dict.fromkeys(jax.devices(), 0)
-    for leaf in jax.tree.leaves(Sharded(mesh).put_state(state)):
-        for shard in leaf.addressable_shards:
-            held[shard.device] += shard.data.nbytes
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(state)), list(held.values())
+    placement, found = Sharded(mesh), []
+
+    def make():
+        return initial_state(initialise(build(config, 64), 0), optimizer)
+
+    state = jax.device_get(make())
+    made = placement.make_state(make)
+    for placed in (placement.put_state(state), made):
+        held = dict.fromkeys(jax.devices(), 0)
+        for leaf in jax.tree.leaves(placed):
+            for shard in leaf.addressable_shards:
+                held[shard.device] += shard.data.nbytes
+        found.append(list(held.values()))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=0), jax.device_get(made), state)
+    program = placement.compile(lambda: (make(),), ("state",)).lower().compile().memory_analysis()
+    making = program.output_size_in_bytes + program.temp_size_in_bytes
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state)), *found, making
 
 
 def runs(folder):

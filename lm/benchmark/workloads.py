@@ -96,7 +96,7 @@ class Training:
         self.tokens_per_unit = float(source.tokens_per_step)
         optimizer, _ = optimizers.build(config, source.steps_per_epoch)
         self._step = compile_step(config, model, optimizer, placement)
-        state = initial_state(initialise(model, config.seed), optimizer, config.training)
+        state = placement.make_state(lambda: initial_state(initialise(model, config.seed), optimizer, config.training))
         carry = model.initial_carry(config.data.batch_size) if source.carries else None
         self.state, self._carry = placement.put_state(state), placement.put_rows(carry)
         self._experiment, self._placement = experiment, placement

@@ -13,7 +13,7 @@ import numpy as np
 from lm import processes
 from lm.config import Config, common_values, resolve
 from lm.data import corpus, sources, tokenizers
-from lm.data.batches import BatchSource, batches
+from lm.data.batches import batches
 from lm.data.corpus import Corpus
 from lm.errors import UserError
 from lm.evaluation.perplexity import Layout, figures, token_losses
@@ -222,7 +222,8 @@ def _train(draft, experiment, folder, checkpoints, listener):
     placement.check_rows(config.data.batch_size, config.training.num_micro_batches)
     source = batches(config, experiment.train, experiment.mixture)
     optimizer, schedule = optimizers.build(config, source.steps_per_epoch)
-    state, carry, progress, step = _restore(config, model, optimizer, source, checkpoints)
+    restore = functools.partial(_restore, config, model, optimizer, placement, source, checkpoints)
+    state, carry, progress, step = restore()
     if step > config.training.num_steps:
         raise UserError(
             f"config.training.num_steps is {config.training.num_steps}, but {folder.path} has been trained for {step} steps; ask "
@@ -254,7 +255,7 @@ def _train(draft, experiment, folder, checkpoints, listener):
             except RollBack as bad:
                 checkpoints.wait()
                 left_out = [*progress.left_out, bad.step]
-                state, carry, progress, step = _restore(config, model, optimizer, source, checkpoints)
+                state, carry, progress, step = restore()
                 progress.left_out = left_out
                 since = sum(left > step for left in left_out)
                 if since >= MOST_LEFT_OUT:
@@ -313,21 +314,26 @@ def step_memory(experiment: Experiment, placement: Placement) -> dict[str, int]:
     return {"state": placement.state_bytes(like), "peak": outside + found.temp_size_in_bytes}
 
 
-def _restore(config, model, optimizer, source: BatchSource, checkpoints) -> tuple[TrainState, Any, Progress, int]:
+def _restore(config, model, optimizer, placement, source, checkpoints) -> tuple[TrainState, Any, Progress, int]:
     """State, carry and progress to go on from: of the latest sound checkpoint, of another run's parameters, or fresh."""
-    params = initialise(model, config.seed)
-    state = initial_state(params, optimizer, config.training)
+    begin = functools.partial(initial_state, optimizer=optimizer, training=config.training)
+    make_params = functools.partial(initialise, model, config.seed)
     carry = model.initial_carry(config.data.batch_size) if source.carries else None
     step = processes.in_turn(checkpoints.latest_sound)
     if step is not None:
-        like, rest_like = parted(state)
+        like, rest_like = parted(jax.eval_shape(lambda: begin(make_params())))
         params, rest = checkpoints.restore(step, like, {"state": rest_like, "carry": carry})
         return joined(params, rest["state"]), rest["carry"], Progress.from_json(checkpoints.progress(step)), step
     if config.training.init_from:
         run = open_run(config.training.init_from)
-        check_like(params, run.params, f"config.training.init_from {config.training.init_from!r}")
-        state = initial_state(run.params, optimizer, config.training)
-    return state, carry, Progress(), 0
+        if run.which != "best":
+            raise UserError(
+                f"config.training.init_from {config.training.init_from!r} has no sound checkpoint that was best on valid, from "
+                "which this run would start; train it on, or name another run"
+            )
+        check_like(jax.eval_shape(make_params), run.params, f"config.training.init_from {config.training.init_from!r}")
+        return placement.make_state(begin, run.params), carry, Progress(), 0
+    return placement.make_state(lambda: begin(make_params())), carry, Progress(), 0
 
 
 def quick_look(config: Config, model: LanguageModel, valid: Corpus, placement: Placement):
