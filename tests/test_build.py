@@ -206,6 +206,26 @@ def test_initial_values_of_a_recurrent_model(tiny):
     assert not np.any(params["output"]["bias"])
 
 
+@pytest.mark.parametrize(
+    "architecture, fields, name, blocks",
+    [
+        ("lstm", dict(model__input_gate="coupled"), "bias", [0.75, 0, 0]),
+        ("slstm", {}, "bias", [0, 0.75, 0, 0]),
+        ("minlstm", {}, "bias", [0.75, 0, 0]),
+    ],
+)
+def test_only_the_forget_gate_starts_with_a_bias(architecture, fields, name, blocks, tiny):
+    (params,) = initial(tiny(architecture, model__forget_bias=0.75, **fields), 0)
+    for layer in params["stack"].values():
+        np.testing.assert_array_equal(layer[name], np.repeat(blocks, 8))
+
+
+def test_sinusoidal_positions_stand_beside_a_larger_embedding(tiny):
+    """By sqrt(D), as in Vaswani et al. 2017, section 3.4."""
+    kinds = ("sinusoidal", "rotary")
+    assert [build(tiny("transformer", model__positions=kind), V).embedding.multiplier for kind in kinds] == [8**0.5, 1.0]
+
+
 def test_initial_values_of_a_transformer(tiny):
     """What each branch adds starts smaller by sqrt(2 * layers); norms start as the identity; the seed decides."""
     fields = {"model__hidden_dim": 64, "model__kernel_init": "normal", "model__init_scale": 0.05, "model__tie_embeddings": False}

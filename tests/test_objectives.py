@@ -144,10 +144,11 @@ def test_activation_penalties_of_a_padded_step_are_those_of_the_step(rng):
         np.testing.assert_allclose(padded, alone, rtol=1e-6)
 
 
-def test_activation_penalties_are_in_the_objective_alone(tiny, random_params, rng):
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["stream", "documents"])
+def test_activation_penalties_are_in_the_objective_alone(segments, tiny, random_params, rng):
     """With the factors that the config says, of what dropout has left; `loss` stays plain."""
     model = build(tiny("lstm", model__output_dropout_rate=0.5, model__dropout_rate=0.5), V)
-    params, batch = random_params(model), batch_of(rng, None)
+    params, batch = random_params(model), batch_of(rng, segments)
     key = jax.random.key(3)
 
     def sums(*penalties):
@@ -157,15 +158,17 @@ def test_activation_penalties_are_in_the_objective_alone(tiny, random_params, rn
     _, sown = model.apply(
         {"params": params},
         batch.inputs_BT,
+        segments_BT=segments,
         rows_B=batch.rows_B,
         train=True,
         rngs={"dropout": key},
         mutable=["intermediates"],
     )
     last, dropped = (sown["intermediates"]["stack"][name][0] for name in ("last_hidden_BTH", "dropped_hidden_BTH"))
-    assert abs(np.mean(dropped == 0) - 0.5) < 0.1 and np.all(last != 0)
+    valid_BT = np.ones((B, T), bool) if segments is None else segments > 0
+    assert abs(np.mean(dropped[valid_BT] == 0) - 0.5) < 0.1 and np.all(last[valid_BT] != 0)
     np.testing.assert_allclose(dropped[dropped != 0], 2 * last[dropped != 0], rtol=1e-6)
-    square, change = activation_penalties(last, dropped, batch.loss_weights_BT)
+    square, change = activation_penalties(last, dropped, batch.loss_weights_BT, segments)
     np.testing.assert_allclose(both["objective"] - plain["objective"], 200 * square + 5e3 * change, rtol=1e-5)
     np.testing.assert_allclose(one["objective"] - plain["objective"], 5e3 * change, rtol=1e-5)
     for found in (both, one):

@@ -570,6 +570,19 @@ def test_a_projection_follows_the_last_layer(rng):
     np.testing.assert_allclose(hidden, run(x, None, None)[0] @ kernel_HD, rtol=0, atol=2e-6)
 
 
+def test_the_last_dropout_comes_before_a_projection(rng):
+    """And penalties of activations see what the layer made, not what was projected."""
+    x, params = rng.normal(size=(B, 5, D)).astype(np.float32), stack_of("lstm")[1]
+    kernel_HD = rng.normal(size=(WIDTHS[-1], D)).astype(np.float32)
+    stack = RecurrentStack("lstm", WIDTHS, ZEROS, ZEROS, projected_dim=D, output_dropout_rate=0.5)
+    variables, rngs = {"params": {**params, "projection": {"kernel": kernel_HD}}}, {"dropout": jax.random.key(1)}
+    rows_B = np.arange(B, dtype=np.int32)
+    (hidden, _), sown = stack.apply(variables, x, rows_B=rows_B, train=True, rngs=rngs, mutable=["intermediates"])
+    last, dropped = (sown["intermediates"][name][0] for name in ("last_hidden_BTH", "dropped_hidden_BTH"))
+    assert last.shape == dropped.shape == (B, 5, WIDTHS[-1]) and np.any(dropped == 0) and np.all(last != 0)
+    np.testing.assert_allclose(hidden, dropped @ kernel_HD, rtol=0, atol=2e-6)
+
+
 def test_dropout_is_off_outside_training(rng):
     x = rng.normal(size=(B, 12, D)).astype(np.float32)
     _, params, run = stack_of("lstm")
