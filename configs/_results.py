@@ -18,7 +18,8 @@ A row is trained and scored, and again after any interruption taken up, by
 
 which is `launch.train` with the config of its line and `--config.data.path`, then `launch.evaluate` for valid and test. A
 fine-tuned row names in `init_from` the row that it continues, which is trained before it; `launch.train` takes that run's folder
-there. What is kept in the folder, as everything with a figure is in this one, is not run again.
+there, and its time is that of its own stage. What is kept in the folder, as everything with a figure is in this one, is not run
+again.
 `--only` takes any part of a path, such as `ptb/parts` or `wikitext2/small`."""
 
 
@@ -128,8 +129,9 @@ SECTIONS = (
         "Published on the Penn Treebank",
         "10,000 words, 82,430 tokens of test. What the papers report is valid / test. AWD-LSTM has the settings that its\n"
         "authors released, with which they report 61.2 / 58.8, fine-tuned 58.8 / 56.5 and with the cache 53.2 / 52.5.\n"
-        "Dynamic evaluation has the settings of its authors' code for AWD-LSTM. Where samples of dropout are averaged, ours\n"
-        "leave out words too, the paper's do not.",
+        "Dynamic evaluation has the settings of its authors' code for AWD-LSTM on this corpus, save that its decay is relative\n"
+        "to the mean over all entries, theirs to that over arrays: it is to be chosen on valid. Where samples of dropout are\n"
+        "averaged, ours leave out words too, the paper's do not.",
         "published",
         _PTB,
     ),

@@ -59,6 +59,29 @@ def test_a_published_model_is_of_the_papers_size(path, vocab_size, millions, mon
     assert abs(count_params(config, vocab_size) / 1e6 / millions - 1) < 0.025  # papers round, up or down
 
 
+@pytest.mark.parametrize("path, vocab_size, theirs", [("ptb", 10_000, 24_221_600), ("wikitext2", 33_278, 33_556_078)])
+def test_awd_lstm_is_of_its_authors_size(path, vocab_size, theirs, monkeypatch):
+    """As their code counts, where each gate has two biases in place of one."""
+    monkeypatch.chdir(ROOT)
+    config = resolve(load_config(ROWS[f"{path}/awd_lstm"].config, []))
+    assert count_params(config, vocab_size) == theirs - 4 * (1150 + 1150 + 400)
+
+
+@pytest.mark.parametrize(
+    "path, fields",
+    [
+        ("ptb/melis", dict(num_layers=4)),
+        ("ptb/mogrifier", dict(num_layers=2, mogrifier_rounds=5, mogrifier_rank=84)),
+        ("wikitext2/mogrifier", dict(num_layers=2, mogrifier_rounds=6, mogrifier_rank=48)),
+        ("ptb/transformer_xl", dict(num_layers=12, num_heads=10)),
+    ],
+)
+def test_a_model_whose_width_is_solved_has_the_papers_shape(path, fields, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = resolve(load_config(ROWS[path].config, []))
+    assert {name: getattr(config.model, name) for name in fields} == fields
+
+
 def test_what_is_left_out_costs_no_step_of_twelve_epochs(monkeypatch):
     monkeypatch.chdir(ROOT)
     parts = next(section for section in registry.SECTIONS if section.kind == "parts")
@@ -140,7 +163,7 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path):
 
     def spread(name):
         low, high = sorted(math.exp(score("a/lstm", seed, name)["loss"]) for seed in (0, 1))
-        return f"**{(low + high) / 2:,.2f}** ({low:,.2f} to {high:,.2f})"
+        return f"**{math.sqrt(low * high):,.2f}** ({low:,.2f} to {high:,.2f})"  # exp of the losses' mean
 
     lines = before.splitlines()
     assert lines[:3] == ["# Results", "", "Opening."]

@@ -269,7 +269,9 @@ class TrainingConfig(Section):
         choices=("start", "stall"),
     )
     averaging_patience: int | None = setting(
-        None, "stall: the mean begins with a look at valid worse than the best of those at least so many looks before", at_least=0
+        None,
+        "stall: the mean begins with a look at valid worse than the best of those with at least so many others in between",
+        at_least=0,
     )
     averaging_decay: float | None = setting(
         None, "largest weight of the past in the mean, per step; None: all steps weigh the same", above=0, below=1

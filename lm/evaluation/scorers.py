@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -101,14 +102,19 @@ def compiled_scorer(
 
     In float32 the matmuls are computed at the highest precision, also where an accelerator would round their inputs.
     """
-    precision = precision_of(model)
-
-    def precisely(params, memory, batch):
-        with jax.default_matmul_precision("highest" if precision == "float32" else "default"):
-            return score(params, memory, batch)
-
-    compiled = placement.compile(precisely, ("rows", "rows"))
+    compiled = placement.compile(precisely(model, score), ("rows", "rows"))
     return lambda params: NeuralScorer(params, placement, compiled, empty)
+
+
+def precisely(model: LanguageModel, function: Callable) -> Callable:
+    """The function, its matmuls in float32 at the highest precision where the model computes in float32."""
+
+    @functools.wraps(function)
+    def precise(*args):
+        with jax.default_matmul_precision("highest" if precision_of(model) == "float32" else "default"):
+            return function(*args)
+
+    return precise
 
 
 def precision_of(model: LanguageModel | Ngram) -> str:

@@ -1,6 +1,7 @@
 """Variants of scoring, off by default and named with each figure: adaptation to the text, dropout averaged, a temperature."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from lm.data.batches import Stream
 from lm.data.corpus import Corpus
 from lm.errors import UserError
-from lm.evaluation.scorers import NeuralScorer, compiled_scorer, log_probs, neural_scorer
+from lm.evaluation.scorers import NeuralScorer, compiled_scorer, log_probs, neural_scorer, precisely
 from lm.models.language_model import LanguageModel
 from lm.objectives import causal_language_model, reset_rows
 from lm.parallel import Placement
@@ -270,6 +271,7 @@ def gradient_rms(
     objective = causal_language_model(model)
 
     @jax.jit
+    @functools.partial(precisely, model)
     def add(params, squares, carry, batch):
         def mean_loss(params):
             sums, after = objective(params, carry, batch, None, False)

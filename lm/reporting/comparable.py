@@ -10,7 +10,8 @@ from lm.reporting.runs import Run
 def check_comparable(runs: Sequence[Run], evaluation: str | Mapping[str, str]) -> bool:
     """Refuses to compare what was not measured on the same text in the same way.
 
-    Equal text hash, bytes, words and adaptation are always needed, and equal N as long as the tokenizers are equal.
+    Equal text hash, bytes and words are always needed, so are equal adaptation, dropout samples and temperature; and equal N as
+    long as the tokenizers are equal.
     What may differ (carried state or windows, precision, step) belongs in the table beside the number.
 
     Args:
@@ -30,7 +31,8 @@ def check_comparable(runs: Sequence[Run], evaluation: str | Mapping[str, str]) -
         same_tokenizer = ours["tokenizer"]["sha256"] == theirs["tokenizer"]["sha256"]
         same_tokens &= same_tokenizer
         pairs = [(field, ours[field], theirs[field]) for field in ("text_sha256", "bytes", "words")]
-        pairs.append(("adaptation", ours["protocol"]["adaptation"], theirs["protocol"]["adaptation"]))
+        for field in ("adaptation", "dropout_samples", "temperature"):
+            pairs.append((field, *(side["protocol"].get(field) for side in (ours, theirs))))
         if same_tokenizer:
             pairs.append(("tokens", ours["tokens"], theirs["tokens"]))
         for field, our_value, their_value in pairs:

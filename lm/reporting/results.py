@@ -91,10 +91,7 @@ def keep(workdir: pathlib.Path, kept: pathlib.Path, row: Row, draft: Config) -> 
     for form in ("given", "resolved"):
         saved[form]["data"] |= {name: getattr(draft.data, name) for name in ("path", "cache_dir", "prepared")}
         saved[form]["training"]["init_from"] = draft.training.init_from
-    endings = ["", *(variant.ending for variant in row.variants)]
-    if row.last_epoch:
-        endings.append(f".step-{run.valid_lines[-1]['step']}")
-    for name in [f"{split}{ending}" for split in ("valid", "test") for ending in endings]:
+    for name in [f"{split}{ending}" for split in ("valid", "test") for ending in _endings(run, row)]:
         evaluation = run.evaluation(name)
         write_json(kept / "evaluation" / f"{name}.json", {**evaluation, "text": pathlib.Path(evaluation["text"]).name})
     lines = [*run.train_lines, *run.valid_lines]
@@ -128,7 +125,13 @@ def read_kept(folder: pathlib.Path, row: Row, seed: int, draft: Config) -> Run |
 
 def is_scored(run: Run, row: Row) -> bool:
     """Whether a kept run has a figure for each way of scoring that the row names today."""
-    return all(f"{split}{variant.ending}" in run.evaluations for split in ("valid", "test") for variant in row.variants)
+    return all(f"{split}{ending}" in run.evaluations for split in ("valid", "test") for ending in _endings(run, row))
+
+
+def _endings(run, row):
+    """Of the names of a row's evaluations, after the split."""
+    last = [f".step-{run.valid_lines[-1]['step']}"] if row.last_epoch else []
+    return ["", *(variant.ending for variant in row.variants), *last]
 
 
 def write_page(
@@ -210,6 +213,7 @@ def _words(name):
 def _published(section, runs):
     """Ours beside the papers', a line for each way of scoring."""
     headers = "model", "parameters", "published", "valid", "test", "scored", "training", "seeds", "config"
+    _check_one_text(section, runs)
     lines = []
     for row in section.rows:
         found = runs[row.path]
@@ -267,9 +271,7 @@ def _parts(section, runs):
     """What leaving a part out costs, in nats per token of valid and of test."""
     headers, lines = ("model", "valid", "test", "cost on valid", "cost on test", "config"), []
     whole = runs[section.rows[0].path]
-    named = [dataclasses.replace(run, name=f"{row.path}/{run.name}") for row in section.rows for run in runs[row.path]]
-    for split in ("valid", "test"):
-        check_comparable(named, split)
+    _check_one_text(section, runs)
     for row in section.rows:
         scores = [[run.evaluation(split) for run in runs[row.path]] for split in ("valid", "test")]
         costs = [MISSING, MISSING]
@@ -283,6 +285,13 @@ def _parts(section, runs):
     return _markdown(headers, lines)
 
 
+def _check_one_text(section, runs):
+    """Raises a UserError if rows, or seeds of one, were scored on another text or in another way."""
+    named = [dataclasses.replace(run, name=f"{row.path}/{run.name}") for row in section.rows for run in runs[row.path]]
+    for split in ("valid", "test"):
+        check_comparable(named, split)
+
+
 _TABLES = {"published": _published, "equal": _equal, "parts": _parts}
 
 
@@ -291,13 +300,16 @@ def _losses(scores):
 
 
 def _spread(scores, measure):
-    """The median over seeds, and the lowest and highest of several."""
+    """Of the median loss over seeds, and of the lowest and highest of several."""
     if not scores:
         return NOT_YET_RUN
-    values = [math.exp(loss) if measure == "perplexity" else loss / math.log(2) for loss in _losses(scores)]
-    decimals = 2 if measure == "perplexity" else 3
-    middle = f"**{result(statistics.median(values), decimals)}**"
-    return middle if len(values) == 1 else f"{middle} ({result(min(values), decimals)} to {result(max(values), decimals)})"
+    losses, decimals = _losses(scores), 2 if measure == "perplexity" else 3
+
+    def shown(loss):
+        return result(math.exp(loss) if measure == "perplexity" else loss / math.log(2), decimals)
+
+    middle = f"**{shown(statistics.median(losses))}**"
+    return middle if len(losses) == 1 else f"{middle} ({shown(min(losses))} to {shown(max(losses))})"
 
 
 def _training(runs):

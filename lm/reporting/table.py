@@ -227,8 +227,8 @@ def _notes(runs, same_tokens):
         )
         if any(run.evaluation("test")["tokenizer"]["name"] == "word" for run in runs):
             yield (
-                "A word tokenizer predicts one unknown-word token where others must spell a rare word out, which flatters its "
-                "bits per byte."
+                "A word tokenizer predicts one unknown-word token where others must spell a rare word out, and neither repeated "
+                "spaces nor the end of a document, which flatters its bits per byte."
             )
     for floor in [run.evaluation("test")["floor"] for run in runs if "floor" in run.evaluation("test")][:1]:
         yield (

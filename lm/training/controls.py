@@ -22,7 +22,7 @@ def decide(config: Config, controls: Controls, progress: Progress) -> Controls:
     """The controls after a look at valid that `progress` has noted.
 
     plateau: the learning rate decays when looks stall. averaging="stall": the mean begins when a look is worse than the best
-    of those at least `averaging_patience` looks before it (NT-ASGD: Merity et al. 2017, arXiv:1708.02182, algorithm 1).
+    of those which at least `averaging_patience` others lie behind (NT-ASGD: Merity et al. 2017, arXiv:1708.02182, algorithm 1).
     """
     optimizer, training, decided = config.optimizer, config.training, dict(controls)
     if optimizer.schedule == "plateau" and progress.stalled_since_decay > optimizer.plateau_patience:
