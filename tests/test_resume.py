@@ -526,6 +526,14 @@ def test_starting_from_the_best_parameters_of_another_run(runs, tmp_path):
     looks = [line for line in tuned_run.folder.read_metrics() if line["split"] == "valid"]
     assert [(line["step"], line["tokens"], line["epoch"]) for line in looks[:1]] == [(0, 0, 0)]  # before anything is learnt
     assert looks[0]["loss"] == pytest.approx(looks[1]["loss"], rel=1e-5)
+    train(tuned(training__averaging="start"), str(tmp_path / "averaged"))  # the mean starts from them, too
+    averaged = [line for line in RunFolder(tmp_path / "averaged").read_metrics() if line["split"] == "valid"]
+    assert [line["loss"] for line in averaged] == pytest.approx([line["loss"] for line in looks], rel=1e-5)
+
+    headless = untrained_run(draft(other, "lstm"), tmp_path / "headless", steps=(1, 2))
+    shutil.rmtree(headless / "checkpoints" / str(open_run(str(headless)).step))
+    with refused("config.training.init_from", "has no sound checkpoint that was best on valid"):
+        train(draft(other, "lstm", training__init_from=str(headless)), str(tmp_path / "from_headless"))
 
     size = source.tokenizer.vocab_size
     with refused("config.training.init_from", "another model", f"embedding/table is ({size}, 8) there and ({size}, 12) here"):
