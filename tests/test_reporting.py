@@ -140,6 +140,8 @@ def test_token_scores_must_belong_to_the_figures(tmp_path):
         ({"bytes": 6001}, "bytes", "6001"),
         ({"words": 999}, "words", "999"),
         ({"protocol__adaptation": "dynamic"}, "adaptation", "'dynamic'"),
+        ({"protocol__dropout_samples": 10}, "dropout_samples", "10"),
+        ({"protocol__temperature": 1.1}, "temperature", "1.1"),
         ({"num_tokens": 1999}, "tokens", "1999"),
         ({"text_sha256": "other", "tokenizer__sha256": "other"}, "text_sha256", "'other'"),
     ],
@@ -149,7 +151,8 @@ def test_comparison_refuses_and_names_field_runs_and_values(tmp_path, change, fi
     other = read_run(make_run(tmp_path / "other", 3.0, **change))
     with pytest.raises(UserError) as error:
         check_comparable([one, other], "test")
-    ours = one.evaluation("test")["protocol"]["adaptation"] if field == "adaptation" else one.evaluation("test")[field]
+    test = one.evaluation("test")
+    ours = test[field] if field in test else test["protocol"].get(field)
     for word in (f"{field} is", f"{ours!r} for one", f"{value} for other"):
         assert word in str(error.value)
 

@@ -16,7 +16,7 @@ from lm.config import resolve
 from lm.evaluation.evaluate import evaluate_run
 from lm.files import read_json, write_json
 from lm.models.build import count_params, solve_widths
-from lm.reporting.results import NOT_YET_RUN, Row, Section, keep, read_kept, run_path, write_page
+from lm.reporting.results import NOT_YET_RUN, Row, Section, is_scored, keep, read_kept, run_path, write_page
 from lm.reporting.runs import read_run
 from lm.runs.folder import RunFolder
 from lm.runs.open import open_run
@@ -206,8 +206,15 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path):
     write_json(test, {**read_json(test, ""), "text_sha256": "another"})
     found = {"a/lstm": [read_run(kept)], "a/part": [read_run(other)]}
     rows = tuple(Row(path, path, "lstm.py") for path in found)
-    with refused("cannot be compared on test: text_sha256"):
-        write_page(tmp_path / "mixed", "", [Section("Parts", "", "parts", rows)], found)
+    for kind in ("parts", "published"):
+        with refused("cannot be compared on test: text_sha256"):
+            write_page(tmp_path / "mixed", "", [Section("Mixed", "", kind, rows)], found)
+
+    asks_last = Row("a/lstm", "LSTM", "lstm.py", last_epoch=True)
+    assert is_scored(read_run(kept), asks_last)
+    (last,) = (kept / "evaluation").glob("test.step-*.json")
+    last.unlink()
+    assert is_scored(read_run(kept), rows[0]) and not is_scored(read_run(kept), asks_last)
 
 
 def test_only_what_a_row_asks_for_is_kept(tmp_path):
