@@ -9,6 +9,7 @@ and on GKE the hosts find each other; elsewhere --coordinator_address, --num_pro
 
 import dataclasses
 import math
+import shlex
 
 from absl import flags
 
@@ -36,6 +37,7 @@ def main(overrides):
         guard.join(FLAGS.workdir, *meeting)
     from launch import console
     from lm import backend, parallel, processes
+    from lm.config import resolve
     from lm.evaluation.perplexity import perplexity
     from lm.training.train import Listener, prepare, step_memory, train
 
@@ -71,7 +73,11 @@ def main(overrides):
         else ""
     )
     print(f"trained {result.tokens:,} tokens in {result.seconds:.0f} s; {quick}{FLAGS.workdir}")
-    print(f"next: python -m launch.evaluate --workdir={FLAGS.workdir} --split=test")
+    wanted = resolve(draft).training
+    if wanted.early_stopping is not None and result.step < wanted.num_steps:
+        looks = f"{wanted.early_stopping} looks at valid in a row brought nothing better"
+        print(f"stopped early, at step {result.step:,} of {wanted.num_steps:,}: {looks}")
+    print(f"next: python -m launch.evaluate --workdir={shlex.quote(FLAGS.workdir)} --split=test")
     best_loss = result.best_loss if math.isfinite(result.best_loss) else None  # JSON has no infinity
     return {"workdir": FLAGS.workdir, **dataclasses.asdict(result), "best_loss": best_loss}
 

@@ -71,19 +71,22 @@ def sha256_of(path: pathlib.Path) -> str:
 
 
 def read_json(path: pathlib.Path, missing: str) -> dict[str, Any]:
-    """A JSON file.
+    """A JSON file, which holds an object.
 
     Raises:
       UserError: with the sentence `missing` where there is no such file; naming the file where it is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(missing) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return values
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

@@ -243,6 +243,15 @@ def test_files_that_orbax_cannot_read(tmp_path):
         Checkpoints(tmp_path).params(1)
 
 
+def test_where_a_later_checkpoint_is_damaged_none_is_called_the_best(tmp_path, warnings):
+    """It might have been better than what the earlier ones call so."""
+    save(tmp_path, 1, 2, best=1)
+    save(tmp_path, 3, best=3)
+    assert Checkpoints(tmp_path).choose("best") == (3, "best")
+    flip(array_of(tmp_path, 3))
+    assert Checkpoints(tmp_path).choose("best") == (2, "latest") and len(warnings()) == 1
+
+
 def test_choosing_a_checkpoint(tmp_path, warnings):
     folder = tmp_path / "run" / "checkpoints"
     with refused(f"{tmp_path / 'run'} has no checkpoint yet", "train it first"):

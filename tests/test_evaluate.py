@@ -20,6 +20,7 @@ from lm.evaluation.evaluate import evaluate_run
 from lm.evaluation.perplexity import Layout
 from lm.evaluation.variants import PLAIN, Dynamic, Variant
 from lm.models.build import build
+from lm.runs.checkpoint import Checkpoints
 from lm.runs.folder import RunFolder
 from lm.runs.open import Run, open_run
 
@@ -213,6 +214,28 @@ def test_another_checkpoint_or_protocol_is_not_taken_for_the_stored_one(corpus, 
     path.write_text("{damaged")
     with refused(str(path), "is damaged"):
         evaluate_run(run, "valid")
+    path.write_text("[]")
+    with refused(str(path), "is damaged: it holds no JSON object"):
+        evaluate_run(run, "valid")
+
+
+def test_a_run_in_training_is_opened_at_what_is_there(corpus, tmp_path, monkeypatch):
+    """Its checkpoints are replaced: one that was chosen can be gone when it is read."""
+    workdir = untrained_run(draft(corpus), tmp_path, steps=(1, 2))
+    choose, chosen = Checkpoints.choose, []
+
+    def and_remove(self, which):
+        chosen.append(choose(self, which))
+        if len(chosen) == 1:
+            shutil.rmtree(workdir / "checkpoints" / "1")
+        return chosen[-1]
+
+    monkeypatch.setattr(Checkpoints, "choose", and_remove)
+    run = open_run(str(workdir))
+    assert (run.step, run.which) == (2, "latest") and chosen == [(1, "best"), (2, "latest")]
+    monkeypatch.setattr(Checkpoints, "choose", lambda self, which: (1, "best"))
+    with refused("is in training", "try again"):
+        open_run(str(workdir))
 
 
 def test_bad_values_are_refused(lstm, tmp_path):

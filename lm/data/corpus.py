@@ -129,6 +129,7 @@ def _make(split, tokenizer, folder, dtype):
                 os.fsync(file.fileno())
             manifest = {"tokens": count, "dtype": dtype.name, "sha256": digest.hexdigest(), "text": split.name}
             (temporary / "manifest.json").write_text(json.dumps(manifest))
+            temporary.chmod(0o755)  # made for its maker alone, it would shut out others with whom the cache is shared
             if _open(folder, dtype) is None:  # else another process has just finished it, and may be reading it
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(temporary, folder)

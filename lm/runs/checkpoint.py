@@ -178,8 +178,8 @@ class Checkpoints:
         if which == "best":
             latest = self.latest_sound()
             best = self.progress(latest)["best_step"]
-            if best is None:  # saved before the first look at valid
-                return latest, "latest"
+            if best is None or latest != self._numbered()[-1]:  # before the first look at valid; or a later one is damaged,
+                return latest, "latest"  # and might have been better
             if best not in steps or self.damage(best):
                 log.warning("the best checkpoint (step %s) is missing or damaged; step %d is taken instead", best, latest)
                 return latest, "latest"

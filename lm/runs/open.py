@@ -17,6 +17,8 @@ from lm.models.ngram import Ngram
 from lm.runs.checkpoint import Checkpoints, shapes_of
 from lm.runs.folder import RunFolder
 
+_TRIES = 5  # to read a checkpoint of a run that is in training, and may remove it meanwhile
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -68,8 +70,17 @@ def open_run(workdir: str, step: str = "best") -> Run:
         raise UserError(f"{folder.tokenizer} is not the one that this run was trained with; put it back, or train the run anew")
     model = build(config, tokenizer.vocab_size)
     checkpoints = Checkpoints(folder.checkpoints, parameter_shapes(model))
-    chosen, which = checkpoints.choose(step)
-    return Run(folder, config, facts, tokenizer, model, checkpoints.params(chosen), chosen, which)
+    for _ in range(_TRIES):
+        try:
+            chosen, which = checkpoints.choose(step)
+        except FileNotFoundError:  # it was removed while it was chosen
+            continue
+        try:
+            return Run(folder, config, facts, tokenizer, model, checkpoints.params(chosen), chosen, which)
+        except UserError:
+            if chosen in checkpoints.steps():
+                raise
+    raise UserError(f"{folder.path} is in training, which replaces its checkpoints faster than they can be read; try again")
 
 
 def open_best(workdir: str) -> Run:
