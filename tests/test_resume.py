@@ -538,6 +538,8 @@ def test_starting_from_the_best_parameters_of_another_run(runs, tmp_path):
     size = source.tokenizer.vocab_size
     with refused("config.training.init_from", "another model", f"embedding/table is ({size}, 8) there and ({size}, 12) here"):
         train(tuned(model__hidden_dim=12), str(tmp_path / "wider"))
+    with refused("config.model.input_gate is 'capped'", "config.training.init_from", "was trained with 'free'; make them equal"):
+        train(tuned(model__input_gate="capped"), str(tmp_path / "capped"))
     with refused("config.training.init_from", "char tokenizer", "config.data.tokenizer is 'byte'", "make them equal"):
         train(tuned(data__tokenizer="byte"), str(tmp_path / "bytes"))
     with refused(f"{tmp_path / 'nowhere'} holds no run"):

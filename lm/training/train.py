@@ -33,6 +33,7 @@ from lm.training.progress import Progress
 from lm.training.step import TrainState, dropout_key, initial_state, joined, parted, skip_step, train_step
 
 _FACTS = {"splits": "text", "tokenizer_sha256": "tokenizer"}  # in words
+_NOT_IN_SHAPES = "architecture", "activation", "num_heads", "positions", "input_gate"  # of a model, and yet another function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,15 +326,26 @@ def _restore(config, model, optimizer, placement, source, checkpoints) -> tuple[
         params, rest = checkpoints.restore(step, like, {"state": rest_like, "carry": carry})
         return joined(params, rest["state"]), rest["carry"], Progress.from_json(checkpoints.progress(step)), step
     if config.training.init_from:
-        run = open_run(config.training.init_from)
-        if run.which != "best":
-            raise UserError(
-                f"config.training.init_from {config.training.init_from!r} has no sound checkpoint that was best on valid, from "
-                "which this run would start; train it on, or name another run"
-            )
-        check_like(jax.eval_shape(make_params), run.params, f"config.training.init_from {config.training.init_from!r}")
-        return placement.make_state(begin, run.params), carry, Progress(), 0
+        params = _best_params(config, jax.eval_shape(make_params))
+        return placement.make_state(begin, params), carry, Progress(), 0
     return placement.make_state(lambda: begin(make_params())), carry, Progress(), 0
+
+
+def _best_params(config, like):
+    """Of the run that `config.training.init_from` names: those which were best on valid, of the same model as `like`."""
+    source = f"config.training.init_from {config.training.init_from!r}"
+    run = open_run(config.training.init_from)
+    if run.which != "best":
+        raise UserError(
+            f"{source} has no sound checkpoint that was best on valid, from which this run would start; train it on, or name "
+            "another run"
+        )
+    check_like(like, run.params, source)
+    for name in _NOT_IN_SHAPES:
+        there, here = (getattr(model, name) for model in (run.config.model, config.model))
+        if there != here:
+            raise UserError(f"config.model.{name} is {here!r}, but {source} was trained with {there!r}; make them equal")
+    return run.params
 
 
 def quick_look(config: Config, model: LanguageModel, valid: Corpus, placement: Placement):
