@@ -169,6 +169,12 @@ def test_ids_beyond_the_vocabulary_are_refused():
         corpus_of([], vocab_size=7)
 
 
+def test_a_cache_is_for_all_who_share_its_folder(tmp_path):
+    tokenise(open_text("ab"), CHAR, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    assert kept.stat().st_mode & 0o777 == 0o755
+
+
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from helpers import ROOT, changed, config_file, draft, refused, untrained_run, without_timings, write_corpus
+from helpers import ROOT, call_verbs, changed, config_file, draft, refused, untrained_run, without_timings, write_corpus
 
 from launch import compare
 from launch.console import Console
@@ -491,20 +491,26 @@ def test_stalling_lowers_the_learning_rate_and_then_ends_the_run(corpus, tmp_pat
         training__log_every_steps=2,
         training__evaluate_every_steps=2,
     )
-    config = draft(corpus, "lstm", **fields)
-    interrupt(config, tmp_path, 9)  # what stalled is remembered
-    result = train(config, str(tmp_path))
+    config, workdir = draft(corpus, "lstm", **fields), tmp_path / "a run"
+    interrupt(config, workdir, 9)  # what stalled is remembered
+    result = train(config, str(workdir))
     assert (result.step, result.best_step) == (10, 2)
-    lines = list(RunFolder(tmp_path).read_metrics())
+    lines = list(RunFolder(workdir).read_metrics())
     rates = {line["step"]: line["learning_rate"] for line in lines if line["split"] == "train"}
     assert rates == pytest.approx({2: 1e-12, 4: 1e-12, 6: 1e-12, 8: 2.5e-13, 10: 2.5e-13})
     norms = {line["step"]: line["update_norm"] for line in lines if line["split"] == "train"}
     assert norms[8] / norms[6] == pytest.approx(0.25, rel=0.2)  # and it is what the updates are made with
     assert len({line["loss"] for line in lines if line["split"] == "valid"}) == 1
-    progress = Checkpoints(tmp_path / "checkpoints").progress(10)
+    progress = Checkpoints(workdir / "checkpoints").progress(10)
     assert (progress["stalled"], progress["stalled_since_decay"], progress["finished"]) == (4, 0, True)
-    again = train(config, str(tmp_path))
-    assert (again.step, again.best_step) == (10, 2) and len(list(RunFolder(tmp_path).read_metrics())) == len(lines)
+    again = train(config, str(workdir))
+    assert (again.step, again.best_step) == (10, 2) and len(list(RunFolder(workdir).read_metrics())) == len(lines)
+
+    verb = ["launch.train", f"--config={config_file(tmp_path / 'config.py', config)}", f"--workdir={workdir}"]
+    (told,) = call_verbs([verb], tmp_path / "told")
+    assert told.code == 0, told.err
+    assert "stopped early, at step 10 of 40: 4 looks at valid in a row brought nothing better" in told.out
+    assert f"next: python -m launch.evaluate --workdir='{workdir}' --split=test" in told.out
 
 
 def test_starting_from_the_best_parameters_of_another_run(runs, tmp_path):
