@@ -44,6 +44,7 @@ def main(overrides):
     from lm import backend
     from lm.evaluation.evaluate import evaluate_run
     from lm.reporting.report import compare, write_report
+    from lm.reporting.table import result
     from lm.runs.open import open_best
 
     backend.start()
@@ -52,8 +53,8 @@ def main(overrides):
         if name in drafts:
             console.train_shown(drafts[name], str(folder), label)
         run = open_best(str(folder))
-        scores = {split: evaluate_run(run, split)["perplexity"] for split in ("valid", "test")}
-        print(f"{label}: perplexity valid {scores['valid']:.2f}, test {scores['test']:.2f}", flush=True)
+        scores = {split: result(evaluate_run(run, split)["perplexity"], 2) for split in ("valid", "test")}
+        print(f"{label}: perplexity valid {scores['valid']}, test {scores['test']}", flush=True)
     by_position = _score_by_position(folders, open_best, evaluate_run)
     found = compare(folders)
     report = write_report(folders, FLAGS.workdir, by_position, found)

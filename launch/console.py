@@ -8,6 +8,7 @@ from launch.command import ProgressBar
 from lm import processes
 from lm.config import Config
 from lm.errors import Preempted
+from lm.reporting.table import result
 from lm.training.train import Experiment, Listener, Trained, train
 
 
@@ -46,7 +47,7 @@ class Console(Listener):
         elif line["split"] == "valid":
             self._write(
                 f"{self._label}step {line['step']:,} ({line['tokens']:,} tokens, {line['seconds']:.0f} s{self._rate}): "
-                f"valid perplexity {line['perplexity']:.2f}"
+                f"valid perplexity {result(line['perplexity'], 2)}"
             )
 
     def rolled_back(self, bad_step: int, step: int) -> None:

@@ -23,7 +23,7 @@ flags.DEFINE_integer("stride", None, "tokens scored in each window after the fir
 flags.DEFINE_float("temperature", 1.0, "divides the logits")
 flags.DEFINE_integer("dropout_samples", None, "average the probabilities of so many passes with dropout on")
 flags.DEFINE_enum("dynamic", None, ["rms", "sgd"], "after each few tokens, let the parameters take a step along their gradient")
-flags.DEFINE_float("dynamic_learning_rate", None, "factor on that gradient [0.00005, which is for rms; sgd takes about 0.3]")
+flags.DEFINE_float("dynamic_learning_rate", None, "factor on that gradient [rms: 0.00005, sgd: 0.3]")
 flags.DEFINE_float("dynamic_decay", None, "how far back to the trained parameters each step goes [0.002]")
 flags.DEFINE_float("dynamic_epsilon", None, "added to the gradients' root mean square in --dynamic=rms [0.00002]")
 flags.DEFINE_integer("dynamic_segment", None, "tokens between two steps [5]")
@@ -60,7 +60,7 @@ def main(overrides):
         raise UserError("--split and --text are both set, but one text is scored; leave one out")
     from lm import backend
     from lm.evaluation.evaluate import evaluate_run
-    from lm.reporting.table import scored_context
+    from lm.reporting import table
     from lm.runs.open import open_run
 
     backend.start()
@@ -74,15 +74,14 @@ def main(overrides):
 
         split = "test" if FLAGS.split is None else FLAGS.split
         result = evaluate_run(run, split, FLAGS.text, FLAGS.data_path, FLAGS.context, FLAGS.stride, progress, how)
-    words = f"{result['word_perplexity']:.1f}" if result["words"] else "–"
     print(f"{result['text']}, scored by {FLAGS.workdir} at step {result['checkpoint']['step']} ({run.which})")
     print(
-        f"  perplexity {result['perplexity']:.3f}   loss {result['loss']:.4f} nats/token   "
-        f"{result['bits_per_byte']:.4f} bits/byte   word perplexity {words}"
+        f"  perplexity {table.result(result['perplexity'], 3)}   loss {result['loss']:.4f} nats/token   "
+        f"{result['bits_per_byte']:.4f} bits/byte   word perplexity {table.result(result['word_perplexity'], 1)}"
     )
     print(
         f"  {result['tokens']:,} tokens, {result['bytes']:,} bytes, {result['words']:,} words; "
-        f"{scored_context(result['protocol'])}; {result['protocol']['precision']}; {result['seconds']:.1f} s"
+        f"{table.scored_context(result['protocol'])}; {result['protocol']['precision']}; {result['seconds']:.1f} s"
     )
     for name, settings in {**(result["protocol"]["adaptation"] or {}), **how.protocol}.items():
         shown = ", ".join(f"{key} {value}" for key, value in settings.items()) if isinstance(settings, dict) else settings

@@ -102,6 +102,7 @@ def _train_and_score(row, draft, workdir):
     from lm.config import replaced
     from lm.evaluation.evaluate import evaluate_run
     from lm.evaluation.variants import PLAIN
+    from lm.reporting.table import result
     from lm.runs.open import open_best, open_run
 
     backend.start()
@@ -115,12 +116,9 @@ def _train_and_score(row, draft, workdir):
     for step in ("best", "latest") if row.last_epoch else ("best",):
         run = open_best(str(workdir)) if step == "best" else open_run(str(workdir), step)
         for variant in (PLAIN, *row.variants) if step == "best" else (PLAIN,):
-            scores = {split: evaluate_run(run, split, variant=variant) for split in ("valid", "test")}
-            print(
-                f"{label}, {step}{variant.ending}: perplexity valid {scores['valid']['perplexity']:.2f}, "
-                f"test {scores['test']['perplexity']:.2f}",
-                flush=True,
-            )
+            scored = (evaluate_run(run, split, variant=variant)["perplexity"] for split in ("valid", "test"))
+            valid, test = (result(perplexity, 2) for perplexity in scored)
+            print(f"{label}, {step}{variant.ending}: perplexity valid {valid}, test {test}", flush=True)
 
 
 if __name__ == "__main__":

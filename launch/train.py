@@ -39,6 +39,7 @@ def main(overrides):
     from lm import backend, parallel, processes
     from lm.config import resolve
     from lm.evaluation.perplexity import perplexity
+    from lm.reporting import table
     from lm.training.train import Listener, prepare, step_memory, train
 
     backend.start()
@@ -68,7 +69,7 @@ def main(overrides):
     finally:
         listener.close()
     quick = (
-        f"best valid perplexity {perplexity(result.best_loss):.2f} (quick look) at step {result.best_step:,}; "
+        f"best valid perplexity {table.result(perplexity(result.best_loss), 2)} (quick look) at step {result.best_step:,}; "
         if math.isfinite(result.best_loss)
         else ""
     )

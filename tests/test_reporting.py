@@ -13,7 +13,7 @@ from lm.reporting.comparable import check_comparable
 from lm.reporting.report import compare, write_report
 from lm.reporting.runs import read_run
 from lm.reporting.statistics import default_block_length, loss_by_position, paired_block_bootstrap
-from lm.reporting.table import comparison_table, duration
+from lm.reporting.table import comparison_table, duration, result
 
 BYTES, WORDS = 6000, 1000
 VARIANT = "valid.context-64-stride-64"
@@ -347,6 +347,16 @@ def test_table_says_when_valid_was_taken_otherwise(tmp_path):
     assert "windows 64, stride 16" in note and "run" in note
 
 
+def test_table_says_which_training_is_not_at_its_end(pair):
+    config = {"resolved": {"model": {"architecture": "lstm"}, "training": {"num_steps": 1000}}}
+    (pair["b"] / "config.json").write_text(json.dumps(config))
+    (note,) = comparison_table([read_run(folder) for folder in pair.values()]).notes
+    assert note.startswith("b was trained for 120 of its 1,000 steps")
+    config["resolved"]["training"]["num_steps"] = 120
+    (pair["b"] / "config.json").write_text(json.dumps(config))
+    assert not comparison_table([read_run(folder) for folder in pair.values()]).notes
+
+
 def test_table_says_where_times_do_not_compare(tmp_path):
     runs = [read_run(make_run(tmp_path / name, 3.0)) for name in ("rnn", "gru", "lstm")]
     placed = [
@@ -371,6 +381,11 @@ def test_duration(seconds, words):
 
 
 # Report and figures
+
+
+def test_a_result_that_would_fill_a_line_is_shortened():
+    shown = [result(value, 2) for value in (None, 9.999, 1234.567, math.exp(700), math.inf)]
+    assert shown == ["–", "10.00", "1,234.57", "1.01e+304", "inf"]
 
 
 def test_report_holds_the_numbers(pair, tmp_path):

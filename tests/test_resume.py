@@ -616,6 +616,22 @@ def test_a_tokenizer_without_a_config_is_of_no_run(corpus, tmp_path):
     assert open_run(str(tmp_path / "run")).tokenizer.name == "char"
 
 
+def test_checkpoints_without_a_config_are_of_no_run_that_could_go_on(runs, corpus, tmp_path):
+    shutil.copytree(runs["lstm"][1], tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    before = outcome(tmp_path / "run")
+    with refused(f"{tmp_path / 'run'} has checkpoints but no config.json", "put it back"):
+        train(lstm(corpus, optimizer__learning_rate=0.5), str(tmp_path / "run"))
+    assert_same_outcome(outcome(tmp_path / "run"), before)
+
+
+def test_metrics_are_not_lost_without_a_word(runs, corpus, tmp_path, caplog):
+    shutil.copytree(runs["lstm"][1], tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    train(lstm(corpus, training__num_steps=61), str(tmp_path / "run"))
+    assert "metrics.jsonl is gone: what it told of the steps until 60 is lost" in caplog.text
+
+
 def test_an_ngram_that_was_killed_at_its_end_knows_its_size(corpus, tmp_path, monkeypatch):
     save, config = Checkpoints.save, draft(corpus, "ngram", model__ngram_order=2)
 

@@ -184,6 +184,7 @@ def run(tmp_path_factory):
 
 VARIANTS = {
     "dynamic-rms-5e-05-0.002-2e-05-5": Variant(dynamic=Dynamic()),
+    "dynamic-sgd-0.3-0.002-5": Variant(dynamic=Dynamic("sgd")),
     "dynamic-sgd-0.5-0.0-7": Variant(dynamic=Dynamic("sgd", 0.5, 0.0, segment=7)),
     "cache-20-0.3-0.1": Variant(cache=Cache(window=20)),
     "dropout-samples-3": Variant(dropout_samples=3),

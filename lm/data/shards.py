@@ -13,10 +13,11 @@ import numpy as np
 
 from lm.config import DataConfig
 from lm.errors import UserError
-from lm.files import read_json, write_json
+from lm.files import read_json, sha256_of, write_json
 
 FORMAT = 1
 _OPEN_AT_ONCE = 512  # files that are mapped at a time
+_MEND = "run launch.prepare_data again, which mends the folder"
 
 
 class Shards:
@@ -104,10 +105,11 @@ class PreparedSplit:
         return self.folder / "tokenizer.json"
 
     def tokens(self) -> Shards:
-        """All tokens.
+        """All tokens. Those of valid and test, from which figures are made, are read and held against their hashes; train may be
+        too large for that.
 
         Raises:
-          UserError: a shard that is missing or has another size than it should.
+          UserError: a shard that is missing, has another size than it should, or other content where that is looked at.
         """
         facts = self.facts
         paths = [self.folder / shard["file"] for shard in facts["shards"]]
@@ -116,7 +118,9 @@ class PreparedSplit:
             found = path.stat().st_size if path.is_file() else None
             if found != shard["tokens"] * itemsize:
                 what = "is missing" if found is None else f"has {found:,} bytes, not the {shard['tokens'] * itemsize:,} it had"
-                raise UserError(f"{path} {what}; run launch.prepare_data again, which mends the folder")
+                raise UserError(f"{path} {what}; {_MEND}")
+            if self.name != "train" and sha256_of(path) != shard["sha256"]:
+                raise UserError(f"{path} is not as it was written; {_MEND}")
         return Shards(paths, [shard["tokens"] for shard in facts["shards"]], facts["dtype"], facts["largest"])
 
 

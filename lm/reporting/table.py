@@ -11,6 +11,7 @@ from lm.reporting.comparable import check_comparable
 from lm.reporting.runs import Run
 
 MISSING = "–"
+_TOO_LONG = 1e9  # for all the digits of a result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +152,12 @@ def scored_context(protocol: dict) -> str:
 
 
 def result(value: float | None, decimals: int) -> str:
-    """A perplexity or a number of bits; all of one column share the decimals."""
+    """A perplexity or a number of bits; all of one column share the decimals, save those that would fill a line."""
     if value is None or math.isnan(value):
         return MISSING
-    return "inf" if math.isinf(value) else f"{value:,.{decimals}f}"
+    if math.isinf(value):
+        return "inf"
+    return f"{value:,.{decimals}f}" if value < _TOO_LONG else f"{value:.2e}"
 
 
 def perplexity_decimals(values: Sequence[float | None]) -> int:
@@ -243,6 +246,11 @@ def _notes(runs, same_tokens):
     if len(places) > 1:
         trained = "; ".join(f"{', '.join(names)}: {place}" for place, names in places.items())
         yield f"Trained on different machines, so speeds and times do not compare ({trained})."
+    for run in runs:
+        done = max((line["step"] for line in (*run.train_lines, *run.valid_lines)), default=None)
+        wanted = run.config.get("training", {}).get("num_steps")
+        if not run.is_ngram and None not in (done, wanted) and done < wanted:
+            yield f"{run.name} was trained for {done:,} of its {wanted:,} steps: it stopped early, or is still to go on."
     for run in runs:
         if "valid" not in run.evaluations:
             continue

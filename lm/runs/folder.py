@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -16,6 +17,8 @@ from typing import Any
 from lm.config import Config, differences, load_resolved, to_json
 from lm.errors import UserError
 from lm.files import read_json, write_atomically, write_json
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -64,7 +67,15 @@ class RunFolder:
             write_json(self.config, {**saved, "given": to_json(given), "resolved": to_json(resolved)})
 
     def check_same_experiment(self, resolved: Config, facts: dict[str, Any]) -> None:
-        """Raises a UserError, naming the fields, if this folder's run was started with another config or on other text."""
+        """Raises a UserError, naming the fields, if this folder's run was started with another config or on other text, or if
+        nothing tells with which; a folder without a run is fine."""
+        if not self.config.exists():
+            if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+                raise UserError(
+                    f"{self.path} has checkpoints but no config.json, which says what they are of; put it back, or use another "
+                    "--workdir"
+                )
+            return
         old, saved = self.read_config()
         found = differences(old, resolved)
         for name, value in facts.items():
@@ -117,7 +128,9 @@ class RunFolder:
             yield record
 
     def cut_metrics(self, step: int) -> list[dict[str, Any]]:
-        """Takes metrics.jsonl back to what stood there at a step, and returns it."""
+        """Takes metrics.jsonl back to what stood there at a step, and returns it, with a warning if there is no such file."""
+        if step > 0 and not self.metrics.exists():
+            log.warning("%s is gone: what it told of the steps until %d is lost", self.metrics, step)
         kept = [record for record in self.read_metrics() if record["step"] <= step]
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         return kept

@@ -165,8 +165,7 @@ def train(draft: Config, workdir: str, listener: Listener | None = None) -> Trai
             experiment = prepare(draft, folder)
             if isinstance(experiment.model, Ngram) and processes.number() > 1:
                 raise UserError("an n-gram is counted by one process; train it on one host")
-            if folder.config.exists():
-                folder.check_same_experiment(experiment.config, experiment.facts)
+            folder.check_same_experiment(experiment.config, experiment.facts)
             return experiment
 
         experiment = processes.in_turn(take_up)
