@@ -463,12 +463,12 @@ def rms_norm(params, x_BTD):
     return normal_BTD * scale_D, backward
 
 
-def looked_up_attention(params, x_BTD, num_heads, window=None, qk_norm=False):
+def looked_up_attention(params, x_BTD, num_heads, window=None, qk_norm=False, rotary=False):
     """Attention whose keys are looked up by content and by distance (Dai et al., 2019, section 3.3), forward only.
 
     score(t, s) = ((q_t + u) k_s + (q_t + v) W_r sinusoids(t - s)) / sqrt(K) where distance_kernel is given; else q_t k_s /
     sqrt(K). With qk_norm each head's q and k are divided by their root mean square and multiplied with a scale (Henry et al.,
-    2020, with the norm of Zhang & Sennrich, 2019).
+    2020, with the norm of Zhang & Sennrich, 2019), before they are turned where that is asked for.
 
     Args:
       params: as of `attention`; distance_kernel W_r [D, D], content_bias u and distance_bias v [H, K]; query_scale and
@@ -491,6 +491,8 @@ def looked_up_attention(params, x_BTD, num_heads, window=None, qk_norm=False):
             z / np.sqrt(np.mean(z**2, axis=-1, keepdims=True) + NORM_EPSILON) * params[scale]
             for z, scale in ((q, "query_scale"), (k, "key_scale"))
         )
+    if rotary:
+        q, k = _rotate(q, +1.0), _rotate(k, +1.0)
     weights, mixed = np.zeros((num_rows, num_heads, length, length)), np.zeros(by_head)
     frequencies = 10_000.0 ** (-np.arange(0, width, 2) / width)
     for row, head, t in np.ndindex(num_rows, num_heads, length):

@@ -55,23 +55,24 @@ def test_attention_and_gradients_equal_numpy(rng, window, rotary):
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("kind", ["relative", "normed", "both"])
+@pytest.mark.parametrize("kind", ["relative", "normed", "both", "normed and rotated"])
 def test_relative_positions_and_normed_queries_equal_numpy(rng, window, kind):
     """The gradient by central differences of the reference along a random direction."""
     flat = {f"{name}_kernel": rng.normal(0, 0.5, (D, D)) for name in NAMES.values()}
     flat |= {f"{name}_bias": rng.normal(0, 0.5, D) for name in NAMES.values()}
-    if kind != "normed":
+    is_relative, is_rotated = kind in ("relative", "both"), kind == "normed and rotated"
+    if is_relative:
         flat |= {"distance_kernel": rng.normal(0, 0.5, (D, D))}
         flat |= {name: rng.normal(0, 0.5, (HEADS, D // HEADS)) for name in ("content_bias", "distance_bias")}
     if kind != "relative":
         flat |= {name: rng.normal(1, 0.3, D // HEADS) for name in ("query_scale", "key_scale")}
     attention = Attention(
-        D, HEADS, False, ZEROS, ZEROS, relative=kind != "normed", norm=None if kind == "relative" else "rms_norm"
+        D, HEADS, is_rotated, ZEROS, ZEROS, relative=is_relative, norm=None if kind == "relative" else "rms_norm"
     )
 
     def ours(flat):
         found = nested(flat)
-        if kind != "normed":
+        if is_relative:
             found |= {"distance": {"kernel": flat["distance_kernel"]}}
             found |= {name: flat[name] for name in ("content_bias", "distance_bias")}
         if kind != "relative":
@@ -81,7 +82,7 @@ def test_relative_positions_and_normed_queries_equal_numpy(rng, window, kind):
     x, cotangent = (rng.normal(size=(B, T, D)) for _ in range(2))
 
     def theirs(flat, x):
-        return references.looked_up_attention(flat, x, HEADS, window, kind != "relative")
+        return references.looked_up_attention(flat, x, HEADS, window, kind != "relative", is_rotated)
 
     @jax.jit
     def run(flat, x):

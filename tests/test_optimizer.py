@@ -159,6 +159,25 @@ def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adam(tiny, rng, s
     jax.tree.map(lambda f, p, g: np.testing.assert_allclose(f, adam(p, [g]), rtol=0, atol=1e-6), found, params, gradient)
 
 
+@pytest.mark.parametrize("decay", [0.95, 0.5])
+def test_muon_follows_its_velocity(tiny, rng, decay):
+    """Jordan et al. 2024: five iterations of a X + b X X'X + c X X'X X'X from X = M / |M|, where M looks a step ahead of the mean
+    of the gradients (as Nesterov does; both are corrected for their start at zero, as in Dozat 2016)."""
+    params, gradients = tree(rng), [tree(rng, 0.2), tree(rng, 3.0), tree(rng, 0.1)]
+    found = run(build(tiny, "muon", momentum=decay), params, gradients)["stack"]["layer_0"]["input_kernel"]
+    p, mean = params["stack"]["layer_0"]["input_kernel"].astype(float), 0
+    for t, gradient in enumerate(gradients, 1):
+        g = gradient["stack"]["layer_0"]["input_kernel"].astype(float)
+        mean = decay * mean + (1 - decay) * g
+        x = decay * mean / (1 - decay ** (t + 1)) + (1 - decay) * g / (1 - decay**t)
+        x = x / np.sqrt(np.sum(x**2))
+        for _ in range(5):
+            square = x @ x.T
+            x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        p = p - RATE * 0.2 * math.sqrt(6) * x
+    np.testing.assert_allclose(found, p, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("changes", [{}, {"b1": 0.5, "b2": 0.7, "adam_learning_rate": 0.07}])
 def test_the_adam_beside_muon_has_settings_of_its_own(tiny, rng, changes):
     params, gradients = tree(rng), [tree(rng, 0.2), tree(rng, 3.0), tree(rng, 0.1)]
