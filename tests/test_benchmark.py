@@ -160,7 +160,7 @@ def test_first_loss_and_two_updates_are_those_of_the_peer(architecture, fields):
         ("gru", RECURRENT),
         ("lstm", RECURRENT | UNEQUAL),
         ("transformer", UNIFORM | dict(model__positions="rotary")),
-        ("transformer", UNIFORM | dict(model__positions="sinusoidal", model__attention_window=3)),
+        ("transformer", UNIFORM | dict(model__positions="sinusoidal", model__attention_window=3, model__activation="relu")),
     ],
 )
 def test_the_peer_that_generates_carries_what_we_see_at_once(architecture, fields, rng):

@@ -174,7 +174,7 @@ def test_norms_equal_numpy(rng, name):
     assert_gradients_equal(layers.norm(name, jnp.float32), params, x, cotangent, (value, backward(cotangent)))
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "swiglu"])
 def test_feed_forward_equals_numpy(rng, activation):
     gated = activation == "swiglu"
     names = {"inward": "in", "outward": "out"} | ({"gate": "gate"} if gated else {})

@@ -1,5 +1,6 @@
 """Our models in PyTorch, as its users write them, and our parameters under their names; torch is imported in functions only."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -129,8 +130,9 @@ def _transformer(config, vocab_size, length):
         def forward(self, x_BTD):
             if self.gated:
                 return self.outward(F.silu(self.gate(x_BTD)) * self.inward(x_BTD))
-            approximate = "tanh" if model.activation == "gelu_tanh" else "none"
-            return self.outward(F.gelu(self.inward(x_BTD), approximate=approximate))
+            by_tanh = functools.partial(F.gelu, approximate="tanh")
+            activation = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": by_tanh}[model.activation]
+            return self.outward(activation(self.inward(x_BTD)))
 
     class Attention(nn.Module):
         def __init__(self):

@@ -53,7 +53,7 @@ class ModelConfig(Section):
     activation: str | None = setting(
         None,
         "non-linearity of the RNN's state or of the Transformer's feed-forward layer (gelu is the exact one)",
-        choices={"rnn": ("tanh", "relu"), "transformer": ("gelu", "gelu_tanh", "swiglu")},
+        choices={"rnn": ("tanh", "relu"), "transformer": ("relu", "gelu", "gelu_tanh", "swiglu")},
         only=("rnn", "transformer"),
     )
     num_heads: int | None = setting(

@@ -173,9 +173,10 @@ def in_two_axes(product: Callable[[Array], Array], x: Array, rows: str = ROWS) -
 
 
 class FeedForward(nn.Module):
-    """The position-wise layers of a Transformer block: out(gelu(in(x))), or out(silu(gate(x)) * in(x)) for SwiGLU.
+    """The position-wise layers of a Transformer block: out(f(in(x))), or out(silu(gate(x)) * in(x)) for SwiGLU.
 
-    GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415, exact or by tanh. SwiGLU, without biases: Shazeer 2020, arXiv:2002.05202.
+    ReLU: Vaswani et al. 2017. GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415, exact or by tanh. SwiGLU, without biases: Shazeer
+    2020, arXiv:2002.05202.
     """
 
     mlp_dim: int
@@ -201,8 +202,8 @@ class FeedForward(nn.Module):
         inner_NF = self.inward(x_ND)
         if self.activation == "swiglu":
             return self.outward(nn.silu(self.gate(x_ND)) * inner_NF).reshape(x_BTD.shape)
-        inner_NF = nn.gelu(inner_NF) if self.activation == "gelu_tanh" else _gelu(inner_NF)
-        return self.outward(inner_NF).reshape(x_BTD.shape)
+        activation = {"relu": nn.relu, "gelu": _gelu, "gelu_tanh": nn.gelu}[self.activation]
+        return self.outward(activation(inner_NF)).reshape(x_BTD.shape)
 
 
 def _gelu(x):
