@@ -54,6 +54,11 @@ def test_every_config_trains_and_reads_what_it_sets(path, corpus, tmp_path):
     config = load_config(f"{ROOT / path}:runlocal=1", [])
     if config.data.source == "text":
         config.data.path = str(corpus)  # the texts themselves are not part of the project
+    elif config.data.source == "tfds":
+        pytest.importorskip("tensorflow_datasets")
+        prepare_text_files({split: corpus / f"{split}.txt" for split in ("train", "test")}, tmp_path / "datasets")
+        config.data.dataset, config.data.path = "text_files", str(tmp_path / "datasets")
+        config.data.vocab_size = 280  # there is no text for more
     reads = run(config, tmp_path)
     where_valid_stalls = {"optimizer.decay_factor"} if config.optimizer.schedule == "plateau" else set()  # as in RUNS["lstm"]
     assert given_fields(config) - where_valid_stalls <= reads

@@ -51,6 +51,13 @@ def test_every_row_is_an_experiment_of_its_own(monkeypatch):
         ("wikitext2/awd_lstm_mos", 33_278, 35),
         ("wikitext2/mogrifier", 33_278, 35),
         ("wikitext103/transformer_xl", 267_735, 151),
+        ("wikitext103/transformer_xl_large", 267_735, 283),  # by their script; the paper says 257
+        ("enwik8/melis", 205, 46),
+        ("enwik8/awd_lstm", 205, 47),
+        ("enwik8/mogrifier", 205, 96),
+        ("enwik8/transformer_xl", 205, 277),
+        ("text8/transformer_xl", 27, 277),
+        ("lm1b/transformer_xl", 793_471, 836),
     ],
 )
 def test_a_published_model_is_of_the_papers_size(path, vocab_size, millions, monkeypatch):
@@ -262,7 +269,7 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
         "--folder is missing": [],
         "--only=nothing is in the path of no row; there are ptb/": [folder, "--only=nothing", f"--workdir={tmp_path / 'runs'}"],
         "--only is set without --workdir": [folder, "--only=ptb"],
-        "the rows to run are of data/ptb, data/wikitext-103, data/wikitext-2; pick": [
+        "the rows to run are of data/enwik8, data/lm1b, data/ptb, data/tensorflow_datasets, data/text8/text8": [
             folder,
             f"--workdir={tmp_path / 'runs'}",
             "--data_path=x",

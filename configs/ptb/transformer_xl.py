@@ -14,7 +14,7 @@ def get_config(argument=""):
     config = penn_treebank("transformer", batch_size=32, seq_len=70)
     model, optimizer, training = config.model, config.optimizer, config.training
     model.num_params, model.num_layers, model.num_heads = 24_000_000, 12, 10
-    model.positions, model.attention_window = "relative", 140
+    model.positions, model.attention_window, model.activation = "relative", 140, "relu"
     model.word_dropout_rate, model.embedding_dropout_rate, model.dropout_rate = 0.1, 0.4, 0.4
     model.attention_dropout_rate, model.variational_dropout = 0.2, True
     optimizer.name, optimizer.learning_rate, optimizer.clip_norm, optimizer.weight_decay = "adamw", 4e-4, 0.25, 0.01

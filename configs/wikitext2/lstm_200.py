@@ -10,17 +10,13 @@ biases, begin within ±0.07. The same in PyTorch (2.13.0, the same day and machi
 python -m launch.word_language_model --data_path=/path/to/wikitext-2 --epochs=3
 """
 
-from configs._common import finish, steps_of
+from configs._common import finish
+from configs._word_language_model import word_language_model
 from configs.wikitext2._text import TRAIN_TOKENS, wikitext2
 
 
 def get_config(argument=""):
-    config = wikitext2("lstm", batch_size=20, seq_len=35)
-    config.model.num_layers, config.model.hidden_dim, config.model.dropout_rate = 2, 200, 0.2
-    config.model.tie_embeddings, config.model.forget_bias = False, 0.0
-    config.model.kernel_init = config.model.recurrent_init = config.model.embedding_init = "uniform"
-    config.optimizer.name, config.optimizer.learning_rate, config.optimizer.clip_norm = "sgd", 20.0, 0.25
-    config.optimizer.schedule = "plateau"
-    epoch = steps_of(config, TRAIN_TOKENS)
-    config.training.num_steps, config.training.evaluate_every_steps, config.training.log_every_steps = 3 * epoch, epoch, 200
+    config = word_language_model(wikitext2("lstm"), TRAIN_TOKENS, width=200, dropout_rate=0.2, epochs=3)
+    config.model.tie_embeddings = False
+    config.model.kernel_init = config.model.recurrent_init = "uniform"
     return finish(config, argument)
