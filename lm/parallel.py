@@ -117,9 +117,9 @@ class Placement:
     def make_state(self, function: Callable, *trees) -> Any:
         """The global tree that a function makes of global trees, such as `put_state` takes, each part where it will lie.
 
-        What is split over many devices need not be held by one first.
+        What is split over many devices need not be held by one first. The program that makes it is needed once and not kept.
         """
-        return function(*trees)
+        return _Compiled(jax.jit(lambda *trees: function(*trees)))(*trees)
 
     def put_state(self, tree):
         """A global tree, replicated."""

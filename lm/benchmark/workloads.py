@@ -146,7 +146,8 @@ class Evaluation:
         config, model = experiment.config, experiment.model
         source = batches(config, experiment.train, experiment.mixture)
         self.tokens_per_unit = float(source.tokens_per_step)
-        self._scorer = neural_scorer(model, placement)(placement.put_state(initialise(model, config.seed)))
+        params = placement.make_state(lambda: initialise(model, config.seed))
+        self._scorer = neural_scorer(model, placement)(placement.put_state(params))
         self._rows = config.data.batch_size if source.carries else None
         self._first = source.batch(0, slice(None))
         self._batches = prefetch(lambda step: source.batch(step, slice(None)), 0, sys.maxsize, config.data.prefetch)
@@ -175,7 +176,7 @@ class Generating:
         config, model = experiment.config, experiment.model
         self.tokens_per_unit = float(generation.num_samples * generation.num_tokens)
         self._model, self._generation = model, generation
-        self._params = placement.put_state(initialise(model, config.seed))
+        self._params = placement.put_state(placement.make_state(lambda: initialise(model, config.seed)))
         self._prompt_BT = np.full((generation.num_samples, 1), experiment.tokenizer.eos, np.int32)
         self._keys = (jax.random.key(seed) for seed in itertools.count())
         self._scorer = neural_scorer(model, placement)(self._params)

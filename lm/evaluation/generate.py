@@ -12,6 +12,7 @@ from lm.data.tokenizers import encode
 from lm.errors import UserError
 from lm.models.language_model import LanguageModel
 from lm.models.ngram import Ngram
+from lm.parallel import Placement
 from lm.runs.open import Run
 
 _LOWEST_TEMPERATURE = 1e-3  # logits divided by less could leave float32
@@ -87,7 +88,6 @@ def _invert(weights_BN, uniform_B):
     return jnp.argmax(sums_BN > (uniform_B * sums_BN[:, -1])[:, None], axis=-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "num_tokens", "sampling"))
 def sample_tokens(model: LanguageModel, params, prompt_BT, num_tokens: int, sampling: Sampling, key) -> jax.Array:
     """Continues prompts, int32 [B, num_tokens].
 
@@ -95,6 +95,15 @@ def sample_tokens(model: LanguageModel, params, prompt_BT, num_tokens: int, samp
       prompt_BT: int32, what stands before, `eos` first.
       key: of the draws.
     """
+    return _sampler(model, num_tokens, sampling)(params, prompt_BT, key)[0]
+
+
+@functools.lru_cache(maxsize=4)
+def _sampler(model, num_tokens, sampling):
+    return Placement(1).compile(functools.partial(_sample, model, num_tokens, sampling), ("rows",))
+
+
+def _sample(model, num_tokens, sampling, params, prompt_BT, key):
     batch_size, length = prompt_BT.shape
     carry = model.initial_carry(batch_size, length + num_tokens - 1)
     if length > 1:  # what is drawn first follows the prompt's last token, which is the loop's as all drawn ones are
@@ -108,7 +117,7 @@ def sample_tokens(model: LanguageModel, params, prompt_BT, num_tokens: int, samp
         return (token_B, carry), token_B
 
     _, tokens_TB = jax.lax.scan(step, (prompt_BT[:, -1], carry), jax.random.split(key, num_tokens))
-    return tokens_TB.T
+    return (tokens_TB.T,)
 
 
 def generate(
