@@ -1,9 +1,12 @@
 """Plans a mesh on paper: python -m launch.plan --config=configs/scale/10b.py --device=v5p --num_devices=128
 
 Counts from the config what each device holds and sends in a training step, on every mesh of data × fsdp × tensor that splits
-the model evenly and fits into memory, and tells the fastest first. Nothing is run, and no device is needed. Assumed: half of
-the devices' stated speed in matmuls, their stated bandwidths, and nothing sent while something is computed.
+the model evenly and fits into memory (on --config.mesh_shape alone, if that is set), and tells the fastest first. Nothing is run,
+and no device is needed. Assumed: half of the devices' stated speed in matmuls, their stated bandwidths, and nothing sent while
+something is computed.
 """
+
+import math
 
 from absl import flags
 
@@ -29,11 +32,17 @@ def main(overrides):
     if vocab_size is None:
         raise UserError("the text decides how large the vocabulary is, and a plan reads none: give --vocab_size")
     config, machine = solve_widths(resolve(draft), vocab_size), MACHINES[FLAGS.device]
-    found = plans(config, vocab_size, FLAGS.num_devices, machine)
+    num_devices = math.prod(config.mesh_shape) if config.mesh_shape else FLAGS.num_devices
+    if FLAGS["num_devices"].present and FLAGS.num_devices != num_devices:
+        raise UserError(
+            f"--num_devices={FLAGS.num_devices} is set, but config.mesh_shape {config.mesh_shape} takes {num_devices}; leave one "
+            "out"
+        )
+    found = plans(config, vocab_size, num_devices, machine)
     num_params = count_params(config, vocab_size)
     print(
         f"{num_params:,} parameters, {config.data.batch_size:,} × {config.data.seq_len:,} tokens a step, on "
-        f"{FLAGS.num_devices} × {machine.name}\n"
+        f"{num_devices} × {machine.name}\n"
     )
     print("| mesh | state, GiB | in all, GiB | sent, GB | computing, s | sending, s | sending's share |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -52,7 +61,7 @@ def main(overrides):
         "config": FLAGS.config,
         "num_params": num_params,
         "device": machine.name,
-        "num_devices": FLAGS.num_devices,
+        "num_devices": num_devices,
         "plans": [
             {
                 "mesh_shape": plan.mesh_shape,

@@ -153,22 +153,19 @@ def plan(config: Config, vocab_size: int, mesh_shape: MeshShape, machine: Machin
 
 
 def plans(config: Config, vocab_size: int, num_devices: int, machine: Machine) -> list[Plan]:
-    """Of all meshes that split the model evenly and fit into memory, the fastest first.
+    """Of all meshes (of the one that the config names, if it does) which split the model evenly and fit into memory, the fastest
+    first.
 
     Raises:
       UserError: there is none; and as `plan`.
     """
-    sizes, found = _Sizes.of(config, vocab_size), []
-    for tensor in _divisors(num_devices):
-        for fsdp in _divisors(num_devices // tensor):
-            mesh_shape = (num_devices // (fsdp * tensor), fsdp, tensor)
-            if _divides(config, vocab_size, mesh_shape):
-                found.append(_plan(sizes, mesh_shape, machine))
+    sizes, shapes = _Sizes.of(config, vocab_size), [config.mesh_shape] if config.mesh_shape else _meshes(num_devices)
+    found = [_plan(sizes, shape, machine) for shape in shapes if _divides(config, vocab_size, shape)]
     if not found:
-        raise UserError(
-            f"no mesh of {num_devices} devices divides heads, widths, vocabulary and config.data.batch_size; take another number "
-            "of devices"
-        )
+        which, instead = f"no mesh of {num_devices} devices divides", "number of devices"
+        if config.mesh_shape:
+            which, instead = f"config.mesh_shape {config.mesh_shape} does not divide", "mesh"
+        raise UserError(f"{which} heads, widths, vocabulary and config.data.batch_size; take another {instead}")
     fitting = [one for one in found if one.memory_bytes < _USABLE * machine.memory]
     if not fitting:
         least = min(one.memory_bytes for one in found)
@@ -191,6 +188,12 @@ def _plan(sizes, mesh_shape, machine):
         sizes.flops / (math.prod(mesh_shape) * machine.flops[sizes.config.compute_dtype] * machine.reached),
         sum(part.num_bytes / machine.bandwidth(mesh_shape, part.axes) for part in sent),
     )
+
+
+def _meshes(num_devices):
+    for tensor in _divisors(num_devices):
+        for fsdp in _divisors(num_devices // tensor):
+            yield num_devices // (fsdp * tensor), fsdp, tensor
 
 
 def _divisors(number):
