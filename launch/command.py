@@ -22,6 +22,8 @@ from lm.config import Config, Section, left_open, unknown_field
 from lm.errors import Preempted, UserError
 from lm.files import check_writable, write_json
 
+_ROOT = pathlib.Path(__file__).parent.parent
+
 
 def run(main: Callable[[list[str]], Any], document: str, takes_config: bool = False, resumes: bool = False) -> None:
     """Parses the command line and calls a verb; what it returns is written to --json=PATH.
@@ -183,17 +185,21 @@ def _which_may_be_meant(file):
     known = known_configs()
     inside = [path for path in known if path.startswith(f"{file.removesuffix('/')}/")]
     if inside:
-        return f"it holds {', '.join(inside)}"
+        return f"it holds {', '.join(map(_from_here, inside))}"
     near = difflib.get_close_matches(file, known, 1)
     if near:
-        return f"did you mean {near[0]}?"
-    return f"those of this project stand in {', '.join(sorted({os.path.dirname(path) for path in known}))}"
+        return f"did you mean {_from_here(near[0])}?"
+    return f"those of this project stand in {', '.join(sorted({_from_here(os.path.dirname(path)) for path in known}))}"
 
 
 def known_configs() -> list[str]:
     """The config files of this project, relative to the folder that holds them."""
-    root = pathlib.Path(__file__).parent.parent
-    return sorted(str(p.relative_to(root)) for p in (root / "configs").rglob("*.py") if not p.name.startswith("_"))
+    return sorted(str(p.relative_to(_ROOT)) for p in (_ROOT / "configs").rglob("*.py") if not p.name.startswith("_"))
+
+
+def _from_here(path):
+    """A path of this project, for who stands in another folder."""
+    return os.path.relpath(_ROOT / path)
 
 
 def _dotted(override):

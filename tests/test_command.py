@@ -151,15 +151,19 @@ def test_a_bad_config_file_is_one_sentence(body, parts, file):
         load_config(path, [])
 
 
-def test_a_config_file_that_is_not_there(tmp_path):
+def test_a_config_file_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     for path in (str(tmp_path / "nowhere.py"), str(tmp_path), "", "x" * 5000):
-        with refused(f"--config={path} is not a file; those of this project stand in", "configs/compare, configs/ptb, "):
+        with refused(f"--config={path} is not a file; those of this project stand in", "configs/compare, configs/enwik8, "):
             load_config(path, [])
     with refused("--config=configs/ptb/zarema_small.py is not a file; did you mean configs/ptb/zaremba_small.py?"):
         load_config("configs/ptb/zarema_small.py", [])
     for folder in ("configs/compare", "configs/compare/"):
         with refused(f"--config={folder} is not a file; it holds configs/compare/gru.py, "):
             load_config(folder, [])
+    monkeypatch.chdir(ROOT / "tests")
+    with refused("--config=configs/ptb/gru.py is not a file; did you mean ../configs/ptb/gru.py?"):
+        load_config("configs/ptb/gru.py", [])
 
 
 def test_a_config_written_by_a_test_is_the_config(tmp_path):
