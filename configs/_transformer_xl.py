@@ -7,9 +7,9 @@ def transformer_xl(config: Config, rates: tuple[float, float], learning_rate: fl
     """Relative positions, a carry of one segment, ReLU, Adam under a cosine that ends at nothing.
 
     What differs: they normalise behind each residual branch, where here it is before; have no biases on queries, keys, values and
-    their output; multiply embeddings by the root of their width; start from narrow normal distributions; drop
-    from distances, inside the feed-forward and from the output too; carry what keys and values are made of, here these (see
-    Attention); and at evaluation let a token see further back than in training, here as far all through.
+    their output; multiply embeddings by the root of their width; start from narrow normal distributions; drop from distances,
+    inside the feed-forward and from the output too; carry what keys and values are made of, here these (see Attention); and at
+    evaluation let a token see further back than in training, here as far all through.
 
     Args:
       config: of a stream; changed and returned.
