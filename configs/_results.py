@@ -196,8 +196,8 @@ SECTIONS = (
     Section(
         "Characters of the Penn Treebank",
         "The same text by characters, `<unk>` and `N` spelt out, each line ending in a newline; 449,945 characters of test.\n"
-        "Papers leave out the spaces at both ends of a line, which cost next to nothing; 442,423 characters remain, and for each\n"
-        "of these the bits below are 1.7% more (1.466 on test).",
+        "Papers leave out the spaces at both ends of a line, which cost next to nothing; 442,423 characters remain, for each\n"
+        "of which the bits below are 1.7% more (1.466 on test).",
         "published",
         (_row("ptb/char_lstm", "LSTM"),),
         "bits per character",
