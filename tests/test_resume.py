@@ -622,6 +622,12 @@ def test_checkpoints_without_a_config_are_of_no_run_that_could_go_on(runs, corpu
     before = outcome(tmp_path / "run")
     with refused(f"{tmp_path / 'run'} has checkpoints but no config.json", "put it back"):
         train(lstm(corpus, optimizer__learning_rate=0.5), str(tmp_path / "run"))
+    with refused("there is no config.json; put it back"):
+        open_run(str(tmp_path / "run"))
+    shutil.copy(runs["lstm"][1] / "config.json", tmp_path / "run")
+    (tmp_path / "run" / "tokenizer.json").unlink()
+    with refused("tokenizer.json is gone; put it back"):
+        open_run(str(tmp_path / "run"))
     assert_same_outcome(outcome(tmp_path / "run"), before)
 
 

@@ -42,13 +42,19 @@ class RunFolder:
         """
         return _Lock(self.path)
 
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether there are any, sound or not."""
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
     def read_config(self) -> tuple[Config, dict[str, Any]]:
         """The resolved config and all of config.json.
 
         Raises:
           UserError: there is no run in this folder, or its config cannot be read.
         """
-        saved = read_json(self.config, f"{self.path} holds no run: there is no config.json; train one there first")
+        instead = "put it back: there are checkpoints" if self.has_checkpoints else "train one there first"
+        saved = read_json(self.config, f"{self.path} holds no run: there is no config.json; {instead}")
         try:
             return load_resolved(saved["resolved"], saved["given"]), saved
         except (KeyError, TypeError, AttributeError) as error:
@@ -70,7 +76,7 @@ class RunFolder:
         """Raises a UserError, naming the fields, if this folder's run was started with another config or on other text, or if
         nothing tells with which; a folder without a run is fine."""
         if not self.config.exists():
-            if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+            if self.has_checkpoints:
                 raise UserError(
                     f"{self.path} has checkpoints but no config.json, which says what they are of; put it back, or use another "
                     "--workdir"

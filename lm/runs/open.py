@@ -63,6 +63,8 @@ def open_run(workdir: str, step: str = "best") -> Run:
     """
     folder = RunFolder(workdir)
     config, facts = folder.read_config()
+    if not folder.tokenizer.exists() and folder.has_checkpoints:
+        raise UserError(f"{folder.tokenizer} is gone; put it back, or train the run anew")
     if not folder.tokenizer.exists():
         raise UserError(f"{folder.path} has no tokenizer and no checkpoint yet; train it first")
     tokenizer = tokenizers.load(folder.tokenizer)
