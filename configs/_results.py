@@ -232,7 +232,7 @@ what was reached in equal time, are rough.""",
         "What each regulariser buys",
         "The small LSTM for twelve epochs (5,100 steps; 4,968 where all are of 35 tokens) with one part of its recipe left out,\n"
         "all else equal; the cost is in nats per token, negative where the model is better off without the part, at this size\n"
-        "and in so few epochs. One seed each, on one core.",
+        "and in so few epochs. One seed each, on one core or two.",
         "parts",
         (
             _part("the whole recipe"),
