@@ -8,7 +8,7 @@ def word_language_model(config: Config, train_tokens: int, width: int, dropout_r
     """Two layers, SGD at 20, divided by 4 when valid stalls.
 
     What differs: matrices and biases of an LSTM of theirs begin within 1 / √width of nothing; here the matrices begin by
-    Xavier's rule, the biases at nothing.
+    Xavier's rule, those from state to state orthogonal, and the biases at nothing.
 
     Args:
       config: of a stream of words, 20 rows of 35; changed and returned.

@@ -57,7 +57,7 @@ def test_every_row_is_an_experiment_of_its_own(monkeypatch):
         ("enwik8/mogrifier", 205, 96),
         ("enwik8/transformer_xl", 205, 277),
         ("text8/transformer_xl", 27, 277),
-        ("lm1b/transformer_xl", 793_471, 836),
+        ("lm1b/transformer_xl", 793_471, 836),  # 0.8 billion: 700 of the layers, 136 of the clusters
     ],
 )
 def test_a_published_model_is_of_the_papers_size(path, vocab_size, millions, monkeypatch):
