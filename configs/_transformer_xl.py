@@ -4,12 +4,14 @@ from lm.config import Config
 
 
 def transformer_xl(config: Config, rates: tuple[float, float], learning_rate: float, **shape: int) -> Config:
-    """Relative positions, a carry of one segment, ReLU, Adam under a cosine that ends at nothing.
+    """Relative positions, a carry, ReLU, Adam under a cosine that ends at nothing.
 
     What differs: they normalise behind each residual branch, where here it is before; have no biases on queries, keys, values and
     their output; multiply embeddings by the root of their width; start from narrow normal distributions; drop from distances,
     inside the feed-forward and from the output too; carry what keys and values are made of, here these (see Attention); and at
-    evaluation let a token see further back than in training, here as far all through.
+    evaluation let a token see further back than in training, here as far all through. There a segment carries the one before it,
+    so that its first token sees that one alone and its last two segments; here each sees two, of which all are carried. Where
+    rare tokens have narrower vectors (`narrowing`), theirs is one projection of input and output, here two.
 
     Args:
       config: of a stream; changed and returned.

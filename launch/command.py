@@ -246,7 +246,7 @@ def _fields(section, prefix):
         else:
             choices = field.metadata["choices"]
             if isinstance(choices, dict):
-                choices = tuple(name for names in choices.values() for name in names)
+                choices = dict.fromkeys(name for names in choices.values() for name in names)
             options = f" ({', '.join(choices)})" if choices else ""
             shown = _by_value(left_open(type(section)._section, field.name)) if value is None else value
             yield _entry(f"{prefix}{field.name}", field.metadata["meaning"] + options, shown)

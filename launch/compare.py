@@ -39,14 +39,18 @@ def main(overrides):
                 f"{overrides[0].split('=')[0]} is set, but trained runs have configs of their own; it goes with --configs"
             )
         folders = {name: pathlib.Path(path) for name, path in _named(FLAGS.workdirs, "--workdirs", _of_folder).items()}
-    check_writable(pathlib.Path(FLAGS.workdir) / "report.md")  # now, not after hours of work
+    # now, not after hours of work
+    check_writable(pathlib.Path(FLAGS.workdir) / "report.md")
     from launch import console
     from lm import backend
     from lm.evaluation.evaluate import evaluate_run
     from lm.reporting.report import compare, write_report
     from lm.reporting.table import result
+    from lm.runs.folder import RunFolder
     from lm.runs.open import open_best
 
+    for folder in () if drafts else folders.values():
+        RunFolder(folder).read_config()
     backend.start()
     for number, (name, folder) in enumerate(folders.items(), 1):
         label = f"[{number}/{len(folders)}] {name}"

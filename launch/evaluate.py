@@ -66,15 +66,21 @@ def main(overrides):
     backend.start()
     how = variant()
     run = open_run(FLAGS.workdir, FLAGS.step)
+    split = "test" if FLAGS.split is None else FLAGS.split
+    if FLAGS.step == "best" and run.which != "best" and split == "test" and FLAGS.text is None:
+        raise UserError(
+            "the checkpoint that was best on valid is not to be had, and no other is scored on test unasked; --step=latest takes "
+            f"that of step {run.step}"
+        )
     with command.ProgressBar(1, " tokens") as bar:
 
         def progress(scored, total):
             bar.total = total
             bar.update(scored)
 
-        split = "test" if FLAGS.split is None else FLAGS.split
         result = evaluate_run(run, split, FLAGS.text, FLAGS.data_path, FLAGS.context, FLAGS.stride, progress, how)
-    print(f"{result['text']}, scored by {FLAGS.workdir} at step {result['checkpoint']['step']} ({run.which})")
+    which = "" if run.which.isdigit() else f" ({run.which})"
+    print(f"{result['text']}, scored by {FLAGS.workdir} at step {result['checkpoint']['step']}{which}")
     print(
         f"  perplexity {table.result(result['perplexity'], 3)}   loss {result['loss']:.4f} nats/token   "
         f"{result['bits_per_byte']:.4f} bits/byte   word perplexity {table.result(result['word_perplexity'], 1)}"

@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, warnings):
         assert reason in checkpoints.damage(3), name
         assert checkpoints.latest_sound() == 2, name
         assert len(warnings()) == number and reason in warnings()[-1], name
-        assert str(folder / "3") in warnings()[-1] and "going on from step 2" in warnings()[-1]
+        assert str(folder / "3") in warnings()[-1] and "the latest sound one is of step 2" in warnings()[-1]
         with refused(f"checkpoint {folder / '3'} cannot be used", reason, "choose another --step"):
             checkpoints.choose("3")
         assert checkpoints.damage(2) is None and checkpoints.choose("2") == (2, "2")
@@ -271,7 +271,7 @@ def test_choosing_a_checkpoint(tmp_path, warnings):
 
     flip(array_of(folder, 1))
     assert checkpoints.choose("best") == (4, "latest")  # a figure of it must not pass for the best one's
-    assert "best checkpoint (step 1) is missing or damaged; step 4 is taken instead" in warnings()[0]
+    assert "best checkpoint (step 1) is missing or damaged; the latest one is of step 4" in warnings()[0]
     shutil.rmtree(folder / "1")
     assert checkpoints.choose("best") == (4, "latest") and len(warnings()) == 2
     flip(array_of(folder, 4))

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -260,6 +261,8 @@ def workplace(tmp_path_factory):
     untrained_run(draft(corpus, "ngram", model__ngram_order=2), folder / "counted")
     (folder / "file").write_text("in the way")
     (folder / "empty").mkdir()
+    untrained_run(draft(corpus, "lstm"), folder / "unchosen", steps=(1, 2))
+    shutil.rmtree(folder / "unchosen" / "checkpoints" / "1")  # the best
     return folder
 
 
@@ -295,6 +298,8 @@ BAD = [
     ("evaluate --workdir={w}/counted --context=many", ["--context=many", "a whole number"]),
     ("evaluate --workdir={w}/counted --config.seed=3", ["--config.seed is set", "takes no config"]),
     ("evaluate --workdir={w}/counted --json={w}/file/x.json", ["{w}/file/x.json cannot be written"]),
+    ("evaluate --workdir={w}/counted --dynamic=sgd --dynamic_epsilon=1", ["--dynamic_epsilon is of --dynamic=rms"]),
+    ("evaluate --workdir={w}/unchosen", ["best on valid is not to be had", "--step=latest takes that of step 2"]),
     ("generate", ["--workdir is missing"]),
     ("generate --workdir={w}/empty", ["{w}/empty holds no run"]),
     ("generate --workdir={w}/counted", ["{w}/counted is an n-gram model"]),
@@ -307,9 +312,10 @@ BAD = [
     ("compare --configs={w}/lstm.py, --workdir={w}/x", ["--configs={w}/lstm.py, has nothing before or behind a comma"]),
     ("compare --workdirs={w}/run --workdir={w}/lstm.py", ["{w}/lstm.py/report.md cannot be written"]),
     ("compare --configs={w}/lstm.py,{w}/nowhere.py --workdir={w}/x", ["--config={w}/nowhere.py is not a file"]),
-    ("compare --workdirs={w}/empty --workdir={w}/x", ["{w}/empty holds no run"]),
+    ("compare --workdirs={w}/counted,{w}/empty --workdir={w}/x", ["{w}/empty holds no run"]),
     ("compare --workdirs={w}/counted --workdir={w}/x --config.seed=3", ["--config.seed is set", "--configs"]),
     ("compare --configs={w}/lstm.py --workdir={w}/x --position_context=0", ["--position_context=0", "at least 1"]),
+    ("results --folder={w}/nowhere", ["--folder={w}/nowhere is not there", "--workdir"]),
 ]
 
 
@@ -319,11 +325,12 @@ def test_whatever_is_wrong_is_one_sentence_and_exit_code_1(workplace, tmp_path):
         verb = call.split()[0]
         assert done.code == 1, call
         lines = done.err.strip().splitlines()
-        assert len(lines) == 1 and lines[0].startswith(f"launch.{verb}: "), (call, done.err)
+        assert lines[-1].startswith(f"launch.{verb}: ") and all("WARNING" in line for line in lines[:-1]), (call, done.err)
         for part in parts:
-            assert part.format(w=workplace) in lines[0], call
+            assert part.format(w=workplace) in lines[-1], call
         assert "Traceback" not in done.out + done.err
     assert not list((workplace / "x").glob("checkpoints")), "something was trained"
+    assert not list((workplace / "counted").glob("evaluation/*")), "something was scored"
 
 
 def test_a_process_of_its_own_ends_the_same_way(workplace):

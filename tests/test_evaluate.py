@@ -83,6 +83,17 @@ def test_a_figure_is_stored_with_its_protocol_and_can_be_recomputed(lstm, corpus
     assert record["word_perplexity"] == pytest.approx(math.exp(total / len(text.split())), rel=1e-9)
 
 
+def test_a_carried_figure_is_of_one_stream_however_many_rows_the_looks_at_valid_have(lstm):
+    run = open_run(str(lstm))
+    evaluate_run(run, "valid")
+    _, targets, nll = stored(lstm, "valid")
+    inputs = np.append(run.tokenizer.eos, targets[:-1])[None]
+    hidden_BTD, _ = run.model.apply({"params": run.params}, inputs)
+    logits_BTV = run.model.apply({"params": run.params}, hidden_BTD, method="logits")
+    wanted = -jax.nn.log_softmax(logits_BTV)[0, np.arange(len(targets)), targets]
+    np.testing.assert_allclose(nll, wanted, rtol=0, atol=1e-4)
+
+
 def test_test_is_scored_once(lstm, never):
     first = evaluate_run(open_run(str(lstm)))
     assert (first["split"], first["stored"], first["times_scored"]) == ("test", False, 1)

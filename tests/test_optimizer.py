@@ -247,6 +247,23 @@ def test_a_clipped_gradient_has_the_norm_of_the_limit(tiny, rng):
     jax.tree.map(lambda f, p, g: np.testing.assert_allclose(f, p - g, rtol=0, atol=3e-6), unclipped, params, gradient)
 
 
+@pytest.mark.parametrize("limit", [{"clip_norm": 0.5}, {"clip_value": 0.2}])
+def test_clipping_comes_before_the_rule(limit, tiny, rng):
+    """Behind Adam, whose steps are as long for a gradient of any size, it would do something else."""
+    params, gradients = tree(rng), [tree(rng, scale) for scale in (0.01, 1.0, 0.1)]
+
+    def clipped(gradient):
+        norm = math.sqrt(sum(float(np.sum(np.square(leaf, dtype=np.float64))) for leaf in jax.tree.leaves(gradient)))
+        if "clip_norm" in limit:
+            return jax.tree.map(lambda g: np.float32(g * min(1, limit["clip_norm"] / norm)), gradient)
+        return jax.tree.map(lambda g: np.clip(g, -limit["clip_value"], limit["clip_value"]), gradient)
+
+    wanted, plain = (run(build(tiny, "adam"), params, given) for given in ([clipped(g) for g in gradients], gradients))
+    found = run(build(tiny, "adam", **limit), params, gradients)
+    jax.tree.map(lambda f, w: np.testing.assert_allclose(f, w, rtol=0, atol=1e-6), found, wanted)
+    assert max(np.abs(f - p).max() for f, p in zip(*map(jax.tree.leaves, (found, plain)), strict=True)) > 1e-3
+
+
 def test_clipping_by_value(tiny, rng):
     params, gradient = tree(rng), tree(rng)
     found = run(build(tiny, "sgd", learning_rate=1.0, clip_value=0.7), params, [gradient])

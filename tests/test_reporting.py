@@ -93,6 +93,9 @@ def test_read_run_keeps_what_the_files_say(tmp_path):
     assert run.token_scores("test").nll_N.shape == (2000,)
 
 
+COUNTS = '{"step": 1, "tokens": 2, "seconds": 3}'
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -102,7 +105,8 @@ def test_read_run_keeps_what_the_files_say(tmp_path):
         (lambda run: [path.unlink() for path in run.glob("evaluation/*")], ["not evaluated yet", "launch.evaluate"]),
         (lambda run: (run / "evaluation/test.json").write_text("[]"), ["test.json", "damaged"]),
         (lambda run: (run / "evaluation/test.json").write_text('{"protocol": {}}'), ["test.json", "loss", "protocol.context"]),
-        (lambda run: (run / "metrics.jsonl").write_text('{"step": 1}\n{"st'), ["metrics.jsonl", "line 2"]),
+        (lambda run: (run / "metrics.jsonl").write_text(f"{COUNTS}\n{{'st"), ["metrics.jsonl", "line 2"]),
+        (lambda run: (run / "metrics.jsonl").write_text(COUNTS.replace("2", '"2"')), ["line 1", "no number of tokens"]),
     ],
 )
 def test_read_run_names_what_is_wrong(tmp_path, damage, words):
@@ -332,12 +336,18 @@ def test_table_shows_exactly_what_the_files_say(tmp_path):
     assert markdown[2].startswith(r"| lstm\|big | 1,234,567 |") and "| **20.00** |" in markdown[2] and "| 150.00 |" in markdown[3]
 
 
+def test_runs_that_are_level_are_called_so(tmp_path):
+    found = compare({name: make_run(tmp_path / name, 3.0) for name in "ab"})
+    assert "has the same perplexity as" in found.summary and "below" not in found.summary
+
+
 def test_table_of_one_run_marks_nothing_and_missing_metrics_are_dashes(tmp_path):
     workdir = make_run(tmp_path / "run", math.log(20))
     (workdir / "metrics.jsonl").unlink()
     table = comparison_table([read_run(workdir)])
     assert table.best == frozenset() and "*" not in table.text()
     assert table.rows[0][2:5] == ("–", "–", "–")
+    plots.learning_curves([read_run(workdir)], "perplexity").savefig(tmp_path / "empty.png")
 
 
 def test_table_says_when_valid_was_taken_otherwise(tmp_path):

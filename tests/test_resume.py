@@ -195,7 +195,7 @@ def test_broken_off_anywhere_a_streamed_lstm_ends_the_same(runs, tmp_path, caplo
     with monkeypatch.context() as patch:
         patch.setattr(logging.getLogger("lm"), "propagate", True)
         assert interrupt(config, tmp_path, 50) == 24
-    assert "going on from step 24" in caplog.text
+    assert "the latest sound one is of step 24" in caplog.text
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 50, "split": "tr')  # as if killed while writing
     train(config, str(tmp_path))

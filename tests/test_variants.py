@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from helpers import changed, corpus_of, draft, model_and_params, refused, untrained_run, write_corpus
 
+from lm.data import sources
+from lm.data.corpus import cache_dir, tokenise
 from lm.evaluation.evaluate import evaluate_run
 from lm.evaluation.perplexity import Layout, token_losses
 from lm.evaluation.scorers import neural_scorer
@@ -102,11 +105,14 @@ def mean_loss(model, params, carry, tokens):
     return nll.mean(), (nll, output.carry)
 
 
-@pytest.mark.parametrize("rule", ["sgd", "rms"])
+EPSILON = {"sgd": {}, "rms": {"epsilon": 0.01}}
+
+
+@pytest.mark.parametrize("rule", EPSILON)
 def test_dynamic_evaluation_follows_the_text(lstm, rule):
     """Krause et al. 2018, equations 5 to 9, segment after segment; a token is scored before anything learns from it."""
     model, params = lstm
-    dynamic = Dynamic(rule, learning_rate=0.05 if rule == "sgd" else 0.01, decay=0.3, epsilon=0.01, segment=4)
+    dynamic = Dynamic(rule, learning_rate=0.05 if rule == "sgd" else 0.01, decay=0.3, segment=4, **EPSILON[rule])
     rng = np.random.default_rng(1)
     rms = jax.tree.map(lambda p: np.float32(0.05 * np.exp(rng.normal(0, 1.5, np.shape(p)))), params)
     every_rms = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(rms)])
@@ -210,6 +216,12 @@ def test_a_variant_has_a_figure_of_its_own_that_says_what_was_done(run, ending):
 def test_gradients_of_train_are_kept_for_the_next_settings(run, monkeypatch):
     evaluate_run(run, "valid", variant=Variant(dynamic=Dynamic(segment=6)))
     (kept,) = run.folder.evaluation.glob("gradient_rms.*segment-6.npz")
+    train = tokenise(sources.load(run.config.data)["train"], run.tokenizer, cache_dir(run.config.data))
+    wanted = flatten_dict(gradient_rms(run.model, run.params, train, 6), sep="/")
+    with np.load(kept) as found:
+        assert set(found.files) == set(wanted)
+        for name in wanted:
+            np.testing.assert_array_equal(found[name], wanted[name])
     monkeypatch.setattr("lm.evaluation.evaluate.gradient_rms", lambda *args: pytest.fail("made again"))
     other = Variant(dynamic=Dynamic(segment=6, learning_rate=0.01))
     once = evaluate_run(run, "valid", variant=other)
@@ -237,6 +249,8 @@ def test_what_does_not_go_is_refused(run, tmp_path):
     ):
         with refused(words):
             Variant(**fields)
+    with refused("--dynamic_epsilon is of --dynamic=rms, but --dynamic=sgd is set"):
+        Dynamic("sgd", epsilon=0.01)
     for variant in (Variant(dynamic=Dynamic()), Variant(cache=Cache())):
         with refused("follow one stream of text", "windows of 8 tokens"):
             evaluate_run(run, "valid", context=8, variant=variant)

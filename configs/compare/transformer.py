@@ -1,4 +1,4 @@
-"""Transformer decoder on equal terms with the others of this folder; windows that start empty instead of a carried state.
+"""Transformer decoder on equal terms with the others of this folder; windows that start empty instead of a carry.
 
 make compare
 

@@ -3,7 +3,7 @@
 python -m launch.train --config=configs/ptb/transformer_xl.py --config.data.path=/path/to/ptb --workdir=runs/ptb_transformer_xl
 
 Not yet run; a GPU's work: 300 epochs. The paper has variational dropout and averaged parameters on this corpus; the rest of
-its settings it does not list, and its code leaves them out. The carry holds keys and values, there what they are made of.
+its settings it does not list, and its code leaves them out. What else differs is told in configs/_transformer_xl.py.
 """
 
 from configs._common import finish

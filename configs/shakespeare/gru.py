@@ -1,4 +1,4 @@
-"""GRU on tiny Shakespeare, its state carried through the text.
+"""GRU on tiny Shakespeare, its carry running through the text.
 
 python -m launch.train --config=configs/shakespeare/gru.py --config.data.path=/path/to/input.txt --workdir=runs/shakespeare_gru
 

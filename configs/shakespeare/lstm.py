@@ -1,4 +1,4 @@
-"""LSTM on tiny Shakespeare, its state carried through the text.
+"""LSTM on tiny Shakespeare, its carry running through the text.
 
 python -m launch.train --config=configs/shakespeare/lstm.py --config.data.path=/path/to/input.txt --workdir=runs/shakespeare_lstm
 

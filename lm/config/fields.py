@@ -183,7 +183,8 @@ class DataConfig(Section):
     order: str = setting(
         "stream",
         "stream: contiguous rows, the carry passed from step to step; windows: shuffled, each starting empty; packed: such "
-        "windows in which no document sees another; padded: a document a row (a document ends with <eos>)",
+        "windows in which no document sees another; padded: a document a row (a document ends with <eos>); all are scored alike, "
+        "as one text with its documents in a row",
         choices=("stream", "windows", "packed", "padded"),
     )
     seq_len: int = setting(64, "tokens of a row in one step", at_least=1)

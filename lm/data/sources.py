@@ -260,10 +260,10 @@ def _file_of_split(folder: pathlib.Path, split: str) -> pathlib.Path:
         raise UserError(f"config.data.path {str(folder)!r} cannot be read: {error.strerror}") from None
     found = [p for p in files if split in p.name.split(".") and (p.name.endswith(endings) or p.name == split)]
     if len(found) != 1:
-        what = f"{len(found)} such files: {', '.join(p.name for p in found)}" if found else "none"
+        what = f"are {len(found)} such files: {', '.join(p.name for p in found)}" if found else "is none"
         raise UserError(
             f"config.data.path {str(folder)!r} must hold one {split} file, such as {split}.txt, {split}.txt.gz or "
-            f"name.{split}.txt; there is {what}"
+            f"name.{split}.txt; there {what}"
         )
     return found[0]
 

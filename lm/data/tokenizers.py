@@ -257,6 +257,10 @@ def load(path: pathlib.Path) -> Tokenizer:
         return _KINDS[saved["name"]].from_json(saved)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; a run's folder holds its tokenizer") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except KeyError as error:
+        raise UserError(f"{path} is not a tokenizer of this project: it has no {error}") from None
     except Exception as error:  # the Rust library raises bare Exception for a model that it cannot read
         raise UserError(f"{path} is not a tokenizer of this project: {error}") from None
 

@@ -19,7 +19,7 @@ class Layout:
     Attributes:
       context: tokens of a window, each of which starts empty; None: state is carried along the stream.
       stride: tokens scored in each window after the first; the others of a window are its left context.
-      rows: windows scored together; with carried state, parallel streams (1 for a final figure: more of them start anew at
+      rows: windows scored together; with a carry, parallel streams (1 for a final figure: more of them start anew at
         their seams).
       row_multiple: rows are filled up to a multiple of this with empty ones, so that devices can share them.
       segment: tokens that a carried stream advances at a time; the figure does not depend on it.

@@ -20,6 +20,7 @@ from lm.parallel import Placement
 _SAMPLES_AT_ONCE = 16
 _RMS_ROWS = 100  # as in the code of Krause et al.
 _LEARNING_RATES = {"rms": 5e-5, "sgd": 0.3}
+_EPSILON = 2e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +37,23 @@ class Dynamic:
       rule: "rms" or "sgd".
       learning_rate: η; g is the gradient of the mean loss of a segment. None becomes the rule's default.
       decay: λ, how far back to the trained parameters θ₀ each step goes.
-      epsilon: ε, of rms.
+      epsilon: ε, of rms alone. None becomes its default.
       segment: tokens between two steps.
     """
 
     rule: str = "rms"
     learning_rate: float | None = None
     decay: float = 0.002
-    epsilon: float = 2e-5
+    epsilon: float | None = None
     segment: int = 5
 
     def __post_init__(self):
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", _LEARNING_RATES.get(self.rule, 0.0))
+        if self.epsilon is None and self.rule == "rms":
+            object.__setattr__(self, "epsilon", _EPSILON)
+        if self.epsilon is not None and self.rule == "sgd":
+            raise UserError("--dynamic_epsilon is of --dynamic=rms, but --dynamic=sgd is set; leave it out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Variant:
             ("dynamic", dynamic.rule, dynamic.rule in ("rms", "sgd"), "rms or sgd"),
             ("dynamic_learning_rate", dynamic.learning_rate, dynamic.learning_rate >= 0, "at least 0"),
             ("dynamic_decay", dynamic.decay, 0 <= dynamic.decay <= 1, "between 0 and 1"),
-            ("dynamic_epsilon", dynamic.epsilon, dynamic.epsilon > 0, "above 0"),
+            ("dynamic_epsilon", dynamic.epsilon, dynamic.epsilon is None or dynamic.epsilon > 0, "above 0"),
             ("dynamic_segment", dynamic.segment, dynamic.segment >= 1, "at least 1"),
             ("cache_window", cache.window, cache.window >= 1, "at least 1"),
             ("cache_flatness", cache.flatness, cache.flatness >= 0, "at least 0"),
@@ -103,11 +108,10 @@ class Variant:
     @property
     def adaptation(self) -> dict[str, Any] | None:
         """What a figure says of how the model adapts to the text; figures are compared only where this is equal."""
-        dynamic = self.dynamic and dataclasses.asdict(self.dynamic)
-        if dynamic and self.dynamic.rule == "sgd":
-            del dynamic["epsilon"]
-        found = {"dynamic": dynamic, "cache": self.cache and dataclasses.asdict(self.cache)}
-        return {name: settings for name, settings in found.items() if settings} or None
+        ways = {"dynamic": self.dynamic, "cache": self.cache}
+        found = {name: dataclasses.asdict(way) for name, way in ways.items() if way}
+        given = {name: {key: value for key, value in way.items() if value is not None} for name, way in found.items()}
+        return given or None
 
     @property
     def protocol(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ def check_comparable(runs: Sequence[Run], evaluation: str | Mapping[str, str]) -
 
     Equal text hash, bytes and words are always needed, so are equal adaptation, dropout samples and temperature; and equal N as
     long as the tokenizers are equal.
-    What may differ (carried state or windows, precision, step) belongs in the table beside the number.
+    What may differ (a carry or windows, precision, step) belongs in the table beside the number.
 
     Args:
       runs: the runs to compare.

@@ -214,9 +214,9 @@ def _logarithmic(axes, curves, baselines):
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     values = np.concatenate([np.concatenate([*curves, np.array([])]), baselines])
-    axes.set_yscale("log")
     if not values.size:
         return
+    axes.set_yscale("log")
     lowest = values.min()
     highest = max([min(values.max(), 30 * lowest), *baselines])
     margin = max(highest / lowest, 1.05) ** 0.06

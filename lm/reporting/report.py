@@ -164,10 +164,14 @@ def _summary(ranked, measure, differences):
     if not others:
         return f"{best.name} has a test {word} of {shown(best)}; there is no other run to hold it against."
     second = others[0]
-    text = (
-        f"On the {best.evaluation('test')['words']:,} words of test, {best.name} has the lowest {word}, {shown(best)}: "
-        f"{1 - values[best.name] / values[second.name]:.1%} below that of {second.name} ({shown(second)}), the next best"
-    )
+    text = f"On the {best.evaluation('test')['words']:,} words of test, {best.name} has "
+    if values[best.name] == values[second.name]:
+        text += f"the same {word} as {second.name}, {shown(best)}, and no other run has a lower one"
+    else:
+        text += (
+            f"the lowest {word}, {shown(best)}: {1 - values[best.name] / values[second.name]:.1%} below that of {second.name} "
+            f"({shown(second)}), the next best"
+        )
     if measure == "bits_per_byte":
         text += ". The tokenizers differ, so there is no paired interval of that difference."
     else:

@@ -8,6 +8,7 @@ from lm.errors import UserError
 from lm.evaluation.token_scores import TokenScores, read_token_scores
 
 _FIGURES = ("loss", "perplexity", "bits_per_byte", "word_perplexity", "nll_sum", "tokens", "bytes", "words", "text_sha256")
+_COUNTS = ("step", "tokens", "seconds")  # in each line of metrics.jsonl
 _RECORDS = {
     "tokenizer": ("name", "sha256", "vocab_size"),
     "protocol": ("context", "stride", "precision", "adaptation"),
@@ -112,11 +113,15 @@ def _read_object(path):
 def _read_lines(path):
     if not path.is_file():
         return []
-    return [
-        _parse_object(line, f"{path}, line {number},")
-        for number, line in enumerate(path.read_bytes().splitlines(), start=1)
-        if line.strip()
-    ]
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if line.strip():
+            place = f"{path}, line {number},"
+            found.append(_parse_object(line, place))
+            absent = [name for name in _COUNTS if not isinstance(found[-1].get(name), int | float)]
+            if absent:
+                raise UserError(f"{place} is damaged: it tells no number of {', '.join(absent)}")
+    return found
 
 
 def _read_evaluation(path):

@@ -154,7 +154,7 @@ class Checkpoints:
             reason = self.damage(step)
             if reason is None:
                 for passed in reasons:
-                    log.warning("%s; going on from step %d instead", passed, step)
+                    log.warning("%s; the latest sound one is of step %d", passed, step)
                 return step
             reasons.append(f"checkpoint {self._folder / str(step)} cannot be used ({reason})")
         if reasons:
@@ -181,7 +181,7 @@ class Checkpoints:
             if best is None or latest != self._numbered()[-1]:  # before the first look at valid; or a later one is damaged,
                 return latest, "latest"  # and might have been better
             if best not in steps or self.damage(best):
-                log.warning("the best checkpoint (step %s) is missing or damaged; step %d is taken instead", best, latest)
+                log.warning("the best checkpoint (step %s) is missing or damaged; the latest one is of step %d", best, latest)
                 return latest, "latest"
             return best, which
         if not which.isdigit() or int(which) not in steps:

@@ -58,7 +58,8 @@ class RunFolder:
         try:
             return load_resolved(saved["resolved"], saved["given"]), saved
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.config} is damaged: {error!r}") from None
+            lost = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{self.config} is damaged: {lost}") from None
         except UserError as error:
             raise UserError(f"{self.config} is damaged, or of another version of the code: {error}") from None
 
@@ -123,9 +124,9 @@ class RunFolder:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                if not {"step", "split"} <= set(record):
+                if not isinstance(record["step"], int) or "split" not in record:
                     raise ValueError("a line of something else")
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, KeyError):
                 if number == len(lines):
                     return
                 raise UserError(

@@ -95,7 +95,7 @@ def open_best(workdir: str) -> Run:
     if run.which != "best":
         raise UserError(
             f"{workdir} has no sound checkpoint that was best on valid, and no other is compared; train it on, or score what is "
-            f"there with launch.evaluate --workdir={workdir}"
+            f"there with launch.evaluate --workdir={workdir} --step=latest"
         )
     return run
 

@@ -13,14 +13,8 @@ from lm.data.prefetch import prefetch
 from lm.errors import Preempted
 from lm.parallel import Placement
 from lm.runs.checkpoint import Checkpoints
+from lm.training import metrics
 from lm.training.controls import decide, shown
-from lm.training.metrics import (
-    MOST_LEFT_OUT,
-    act_on_bad_step,
-    stop_for_many_bad_steps,
-    stop_if_valid_is_not_finite,
-    train_figures,
-)
 from lm.training.progress import Progress
 from lm.training.step import TrainState, empty_log, evaluation_params, parted
 
@@ -59,15 +53,12 @@ def run_loop(
       RollBack: a bad step, where the config wants that.
       Preempted: it was asked to stop; the step is saved.
     """
-    training, start = config.training, int(state.step)
-    progress.finished = False  # of a run that had ended more steps may be asked
+    training, start, progress.finished = config.training, int(state.step), False  # also one that had ended, given more steps
     controls = {name: np.array(value) for name, value in state.controls.items()}
     scale = float(controls["learning_rate_scale"])
     state, carry = placement.put_state(state), placement.put_rows(carry)
-    tokens_per_step = source.tokens_per_step
+    tokens_per_step, local_rows = source.tokens_per_step, placement.local_rows(config.data.batch_size)
     mark, logged = time.perf_counter(), (start, progress.seconds)
-
-    local_rows = placement.local_rows(config.data.batch_size)
 
     def batch(step):
         return placement.put_local_rows(source.batch(step, local_rows))
@@ -79,7 +70,7 @@ def run_loop(
     def look(step):
         nonlocal controls, scale, state
         figures = evaluate(evaluation_params(state))
-        stop_if_valid_is_not_finite(step, figures["loss"], schedule(max(step, 1) - 1) * scale, checkpoints)
+        metrics.stop_if_valid_is_not_finite(step, figures["loss"], schedule(max(step, 1) - 1) * scale, checkpoints)
         record({**place_in_run(step), "split": "valid", **figures, **shown(controls)})
         progress.looked(step, figures["loss"])
         controls = decide(config, controls, progress)
@@ -104,14 +95,14 @@ def run_loop(
             continue
         sums = placement.get_state(state.log_sums)  # waits for the device
         progress.seconds, mark = progress.seconds + time.perf_counter() - mark, time.perf_counter()
-        act_on_bad_step(sums, training, schedule(step - 1) * scale, checkpoints)
+        metrics.act_on_bad_step(sums, training, schedule(step - 1) * scale, checkpoints)
         if logs:
             rate = float((step - logged[0]) * tokens_per_step) / max(progress.seconds - logged[1], 1e-9)
             rates = {"learning_rate": float(schedule(step - 1)) * scale, "tokens_per_second": round(rate, 1)}
-            record({**place_in_run(step), "split": "train", **train_figures(sums), **rates, **source.counts(step)})
+            record({**place_in_run(step), "split": "train", **metrics.train_figures(sums), **rates, **source.counts(step)})
             progress.skipped_in_a_row = 0 if sums["steps"] else progress.skipped_in_a_row + int(sums["skipped_steps"])
-            if progress.skipped_in_a_row >= MOST_LEFT_OUT:
-                stop_for_many_bad_steps(progress.skipped_in_a_row, schedule(step - 1) * scale, checkpoints)
+            if progress.skipped_in_a_row >= metrics.MOST_LEFT_OUT:
+                metrics.stop_for_many_bad_steps(progress.skipped_in_a_row, schedule(step - 1) * scale, checkpoints)
             state = state.replace(log_sums=placement.put_state(empty_log()))
             logged = (step, progress.seconds)
         if looks:
