@@ -32,10 +32,6 @@ def main(overrides):
     from lm.reporting.results import is_scored, read_kept, write_page
 
     folder = pathlib.Path(FLAGS.folder)
-    if not FLAGS.workdir and not folder.is_dir():
-        raise UserError(
-            f"--folder={folder} is not there; give the folder of results, or --workdir too, to train rows for a new one"
-        )
     check_writable(folder / "README.md")
     opening, sections = _tables()
     rows = {row.path: row for section in sections for row in section.rows}

@@ -315,7 +315,6 @@ BAD = [
     ("compare --workdirs={w}/counted,{w}/empty --workdir={w}/x", ["{w}/empty holds no run"]),
     ("compare --workdirs={w}/counted --workdir={w}/x --config.seed=3", ["--config.seed is set", "--configs"]),
     ("compare --configs={w}/lstm.py --workdir={w}/x --position_context=0", ["--position_context=0", "at least 1"]),
-    ("results --folder={w}/nowhere", ["--folder={w}/nowhere is not there", "--workdir"]),
 ]
 
 

@@ -229,8 +229,8 @@ def _published(section, runs):
                     *(_spread(scores, section.measure) for scores in (way.valids, way.tests)),
                     scored_context(way.tests[0]["protocol"]) if way.tests else MISSING,
                     _training(found),
-                    ", ".join(str(run.config["seed"]) for run in found) if way.tests else MISSING,
-                    f"`{' '.join((row.config, *row.overrides))}`",
+                    _seeds(found) if way.tests else MISSING,
+                    _command(row),
                 )
             )
     return _markdown(headers, lines)
@@ -269,7 +269,7 @@ def _at_equal_time(runs):
 
 def _parts(section, runs):
     """What leaving a part out costs, in nats per token of valid and of test."""
-    headers, lines = ("model", "valid", "test", "cost on valid", "cost on test", "config"), []
+    headers, lines = ("model", "valid", "test", "cost on valid", "cost on test", "training", "seeds", "config"), []
     whole = runs[section.rows[0].path]
     _check_one_text(section, runs)
     for row in section.rows:
@@ -281,7 +281,7 @@ def _parts(section, runs):
                 for split, found in zip(("valid", "test"), scores, strict=True)
             ]
         cells = [_spread(found, section.measure) for found in scores]
-        lines.append((row.name, *cells, *costs, f"`{' '.join((row.config, *row.overrides))}`"))
+        lines.append((row.name, *cells, *costs, _training(runs[row.path]), _seeds(runs[row.path]), _command(row)))
     return _markdown(headers, lines)
 
 
@@ -319,6 +319,15 @@ def _training(runs):
     seconds = statistics.median(figures(run)["train_seconds"] for run in runs)
     places = {f"{place(run.environment)}, {run.environment['date'][:10]}" for run in runs}
     return f"{duration(seconds)}; {'; '.join(sorted(places))}"
+
+
+def _seeds(runs):
+    return ", ".join(str(run.config["seed"]) for run in runs) or MISSING
+
+
+def _command(row):
+    """The config and its overrides, as launch.train takes them."""
+    return f"`{' '.join((row.config, *row.overrides))}`"
 
 
 def _markdown(headers, rows):
