@@ -223,7 +223,7 @@ def test_another_checkpoint_or_protocol_is_not_taken_for_the_stored_one(corpus, 
         assert again["stored"] is False and again["times_scored"] == 2, change
         assert again["loss"] == first["loss"]
     path.write_text("{damaged")
-    with refused(str(path), "is damaged"):
+    with refused(str(path), "is damaged", "remove it, and the text is scored again"):
         evaluate_run(run, "valid")
     path.write_text("[]")
     with refused(str(path), "is damaged: it holds no JSON object"):

@@ -94,7 +94,7 @@ def evaluate_run(
         **figures(nll_N, found.size.num_bytes, found.size.num_words),
         **wanted,
         "seconds": round(seconds, 3),
-        "times_scored": 1 + (read_json(path, "").get("times_scored", 0) if path.exists() else 0),
+        "times_scored": 1 + _stored(path).get("times_scored", 0),
     }
     if source.floor is not None:
         result["floor"] = floor(source, result["nll_sum"], len(nll_N), fresh=split != "train")
@@ -111,10 +111,17 @@ def _cache(run):
         return corpus.cache_dir(replaced(run.config, "data", cache_dir=None).data)
 
 
+def _stored(path):
+    try:
+        return read_json(path, "") if path.exists() else {}
+    except UserError as error:
+        raise UserError(f"{error}; remove it, and the text is scored again") from None
+
+
 def _earlier(run, name, wanted):
     """What is stored under a name for the same checkpoint, text and protocol, if anything."""
     path = run.folder.evaluation / f"{name}.json"
-    earlier = read_json(path, "") if path.exists() else {}
+    earlier = _stored(path)
     same = all(earlier.get(field) == value for field, value in wanted.items() if field not in ("checkpoint", "text"))
     checkpoint = {"params_sha256": run.params_sha256, **earlier.get("checkpoint", {})}  # which older files do not tell
     if same and (checkpoint.get("step"), checkpoint["params_sha256"]) == (run.step, run.params_sha256):
