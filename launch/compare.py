@@ -39,8 +39,7 @@ def main(overrides):
                 f"{overrides[0].split('=')[0]} is set, but trained runs have configs of their own; it goes with --configs"
             )
         folders = {name: pathlib.Path(path) for name, path in _named(FLAGS.workdirs, "--workdirs", _of_folder).items()}
-    # now, not after hours of work
-    check_writable(pathlib.Path(FLAGS.workdir) / "report.md")
+    check_writable(pathlib.Path(FLAGS.workdir) / "report.md")  # now, not after hours of work
     from launch import console
     from lm import backend
     from lm.evaluation.evaluate import evaluate_run
@@ -50,7 +49,7 @@ def main(overrides):
     from lm.runs.open import open_best
 
     for folder in () if drafts else folders.values():
-        RunFolder(folder).read_config()
+        RunFolder(folder).read_config()  # before any is scored
     backend.start()
     for number, (name, folder) in enumerate(folders.items(), 1):
         label = f"[{number}/{len(folders)}] {name}"
