@@ -230,7 +230,7 @@ def test_a_path_that_is_not_there_or_holds_no_splits(tmp_path):
         sources.load(text_config(tmp_path))
     for name in ("train.txt", "valid.txt", "valid.txt.gz"):
         (tmp_path / name).write_text("text\n")
-    with refused("must hold one valid file", "there is 2 such files: valid.txt, valid.txt.gz"):
+    with refused("must hold one valid file", "there are 2 such files: valid.txt, valid.txt.gz"):
         sources.load(text_config(tmp_path))
     (tmp_path / "valid.txt.gz").unlink()
     with refused("must hold one test file", "there is none"):
