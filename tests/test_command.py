@@ -194,6 +194,7 @@ def test_help_is_there_at_once_and_mentions_every_flag(verb):
     for flag in [*flags, "json"]:
         assert re.search(rf"^  --{flag}=\S+\s+\S", done.stdout, re.MULTILINE), flag
     assert f"python -m launch.{verb}" in done.stdout
+    assert "relu, relu" not in done.stdout  # a choice of two architectures
     if "takes_config=True" in source:
         assert "counted [subword: 1000]" in re.sub(r"\s+", " ", done.stdout)  # what a field that is left open becomes
         for section in [Config(), *(value for value in vars(Config()).values() if isinstance(value, Section))]:
@@ -261,8 +262,6 @@ def workplace(tmp_path_factory):
     untrained_run(draft(corpus, "ngram", model__ngram_order=2), folder / "counted")
     (folder / "file").write_text("in the way")
     (folder / "empty").mkdir()
-    untrained_run(draft(corpus, "lstm"), folder / "unchosen", steps=(1, 2))
-    shutil.rmtree(folder / "unchosen" / "checkpoints" / "1")  # the best
     return folder
 
 
@@ -299,7 +298,6 @@ BAD = [
     ("evaluate --workdir={w}/counted --config.seed=3", ["--config.seed is set", "takes no config"]),
     ("evaluate --workdir={w}/counted --json={w}/file/x.json", ["{w}/file/x.json cannot be written"]),
     ("evaluate --workdir={w}/counted --dynamic=sgd --dynamic_epsilon=1", ["--dynamic_epsilon is of --dynamic=rms"]),
-    ("evaluate --workdir={w}/unchosen", ["best on valid is not to be had", "--step=latest takes that of step 2"]),
     ("generate", ["--workdir is missing"]),
     ("generate --workdir={w}/empty", ["{w}/empty holds no run"]),
     ("generate --workdir={w}/counted", ["{w}/counted is an n-gram model"]),
@@ -324,12 +322,24 @@ def test_whatever_is_wrong_is_one_sentence_and_exit_code_1(workplace, tmp_path):
         verb = call.split()[0]
         assert done.code == 1, call
         lines = done.err.strip().splitlines()
-        assert lines[-1].startswith(f"launch.{verb}: ") and all("WARNING" in line for line in lines[:-1]), (call, done.err)
+        assert len(lines) == 1 and lines[0].startswith(f"launch.{verb}: "), (call, done.err)
         for part in parts:
-            assert part.format(w=workplace) in lines[-1], call
+            assert part.format(w=workplace) in lines[0], call
         assert "Traceback" not in done.out + done.err
     assert not list((workplace / "x").glob("checkpoints")), "something was trained"
     assert not list((workplace / "counted").glob("evaluation/*")), "something was scored"
+
+
+def test_test_is_not_scored_at_another_checkpoint_unasked(workplace, tmp_path):
+    run = untrained_run(draft(workplace / "corpus", "lstm"), tmp_path / "run", steps=(1, 2))
+    shutil.rmtree(run / "checkpoints" / "1")  # the best
+    verb = ["launch.evaluate", f"--workdir={run}"]
+    refusal, valid, latest = call_verbs([verb, [*verb, "--split=valid"], [*verb, "--step=latest"]], tmp_path / "said")
+    warning, sentence = refusal.err.strip().splitlines()
+    assert refusal.code == 1 and "best checkpoint (step 1) is missing" in warning
+    assert "best on valid is not to be had" in sentence and "--step=latest takes that of step 2" in sentence
+    assert (valid.code, latest.code) == (0, 0) and "at step 2 (latest)" in valid.out
+    assert sorted(path.stem for path in run.glob("evaluation/*.json")) == ["test.step-2", "valid.step-2"]
 
 
 def test_a_process_of_its_own_ends_the_same_way(workplace):

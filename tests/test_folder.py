@@ -175,6 +175,9 @@ def test_a_folder_without_a_run_or_with_a_damaged_one(tmp_path):
         folder.config.write_text(content)
         with refused(str(folder.config), "is damaged"):
             folder.read_config()
+    folder.config.write_text("{}")
+    with refused("is damaged: it has no 'resolved'"):
+        folder.read_config()
     folder.config.write_text('{"given": {}, "resolved": {"model": {"hiden_dim": 3}}}')
     with refused(f"{folder.config} is damaged, or of another version of the code", "config.model.hiden_dim does not exist"):
         folder.read_config()

@@ -196,7 +196,11 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path):
         score("a/part", 0, split)["loss"] - sum(score("a/lstm", s, split)["loss"] for s in (0, 1)) / 2
         for split in ("valid", "test")
     ]
-    assert any(f"| {costs[0]:+.4f} | {costs[1]:+.4f} |" in line for line in parts if line.startswith("| without a part | "))
+    (line,) = (line for line in parts if line.startswith("| without a part | "))
+    machine = read_json(folder / "a" / "part" / "seed_0" / "environment.json", "")["hardware"]
+    *_, on_valid, on_test, training, seeds, command = line.strip("| ").split(" | ")
+    assert [on_valid, on_test, seeds] == [f"{costs[0]:+.4f}", f"{costs[1]:+.4f}", "0"]
+    assert machine in training and command.startswith(f"`{path} --config.optimizer.learning_rate=")
     assert "Not yet run: Missing." in lines and (folder / "equal.png").stat().st_size > 10_000
     kept = folder / "a" / "lstm" / "seed_0"
     assert not [file for file in kept.rglob("*") if file.suffix == ".npz"]
