@@ -63,11 +63,15 @@ def test_a_folder_that_cannot_be_written(tmp_path):
             pass
 
 
+def metrics(step, split="train"):
+    return {"step": step, "split": split, "tokens": 64 * step, "seconds": 0.5 * step, "loss": 1 / step}
+
+
 def test_metrics_are_appended_read_and_cut(tmp_path):
     folder = RunFolder(tmp_path)
     assert list(folder.read_metrics()) == []
     assert folder.cut_metrics(5) == []
-    lines = [{"step": step, "split": split, "loss": 0.1 * step} for step in (2, 4, 6) for split in ("train", "valid")]
+    lines = [metrics(step, split) for step in (2, 4, 6) for split in ("train", "valid")]
     for line in lines:
         folder.append_metrics(line)
     assert list(folder.read_metrics()) == lines
@@ -81,26 +85,37 @@ def test_metrics_are_appended_read_and_cut(tmp_path):
 @pytest.mark.parametrize("cut", [1, 2, 20, 40])
 def test_a_line_that_was_cut_short_is_left_out(cut, tmp_path):
     folder = RunFolder(tmp_path)
-    lines = [{"step": step, "split": "train", "loss": 1 / step} for step in (1, 2, 3)]
+    lines = [metrics(step) for step in (1, 2, 3)]
     for line in lines:
         folder.append_metrics(line)
     folder.metrics.write_text(folder.metrics.read_text()[:-cut])
     whole = lines if cut == 1 else lines[:2]  # only the newline is missing
     assert list(folder.read_metrics()) == whole
     assert folder.cut_metrics(9) == whole
-    folder.append_metrics({"step": 4, "split": "train", "loss": 0.5})
-    assert list(folder.read_metrics()) == [*whole, {"step": 4, "split": "train", "loss": 0.5}]
+    folder.append_metrics(metrics(4))
+    assert list(folder.read_metrics()) == [*whole, metrics(4)]
 
 
-@pytest.mark.parametrize("damage", [b"5", b"{}", b"\xff\xfe", b'{"step": 1, "spl', b'{"step": 1}'])
-def test_another_line_that_is_damaged_is_named_and_nothing_is_lost(damage, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (b"5", "it is no JSON object"),
+        (b"{}", "it has no 'split'"),
+        (b"\xff\xfe", "Expecting value"),
+        (b'{"step": 1, "spl', "Unterminated string"),
+        (b'{"split": "train", "step": "1", "tokens": 64, "seconds": 0.5}', "step is '1'"),
+        (b'{"split": "train", "step": 1, "tokens": 64}', "it has no 'seconds'"),
+        (b'{"split": "train", "step": 1, "tokens": "64", "seconds": 0.5}', "tokens is '64'"),
+    ],
+)
+def test_another_line_that_is_damaged_is_named_and_nothing_is_lost(damage, said, tmp_path):
     folder = RunFolder(tmp_path)
     for step in (1, 2, 3):
-        folder.append_metrics({"step": step, "split": "train"})
+        folder.append_metrics(metrics(step))
     lines = folder.metrics.read_bytes().split(b"\n")
     folder.metrics.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]))
     before = folder.metrics.read_bytes()
-    with refused(str(folder.metrics), "damaged in line 2", "take it out"):
+    with refused(str(folder.metrics), "damaged in line 2", said, "take it out"):
         folder.cut_metrics(3)
     assert folder.metrics.read_bytes() == before
 

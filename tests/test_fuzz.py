@@ -285,9 +285,8 @@ def test_a_prepared_folder_is_mended_or_refused(damage, name):
 @functools.cache
 def scored_run():
     workdir = untrained_run(draft(write_corpus(SCRATCH / "run text", train=40, valid=5, test=5)), SCRATCH / "run")
-    (workdir / "metrics.jsonl").write_text(
-        '{"step": 1, "split": "train", "loss": 2.5}\n{"step": 1, "split": "valid", "loss": 2.5}\n'
-    )
+    for split in ("train", "valid"):
+        RunFolder(workdir).append_metrics({"step": 1, "split": split, "tokens": 64, "seconds": 0.5, "loss": 2.5})
     (workdir / "environment.json").write_text("{}")
     evaluate_run(open_run(str(workdir)))
     return workdir

@@ -93,9 +93,6 @@ def test_read_run_keeps_what_the_files_say(tmp_path):
     assert run.token_scores("test").nll_N.shape == (2000,)
 
 
-COUNTS = '{"step": 1, "tokens": 2, "seconds": 3}'
-
-
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -105,8 +102,7 @@ COUNTS = '{"step": 1, "tokens": 2, "seconds": 3}'
         (lambda run: [path.unlink() for path in run.glob("evaluation/*")], ["not evaluated yet", "launch.evaluate"]),
         (lambda run: (run / "evaluation/test.json").write_text("[]"), ["test.json", "damaged"]),
         (lambda run: (run / "evaluation/test.json").write_text('{"protocol": {}}'), ["test.json", "loss", "protocol.context"]),
-        (lambda run: (run / "metrics.jsonl").write_text(f"{COUNTS}\n{{'st"), ["metrics.jsonl", "line 2"]),
-        (lambda run: (run / "metrics.jsonl").write_text(COUNTS.replace("2", '"2"')), ["line 1", "no number of tokens"]),
+        (lambda run: (run / "metrics.jsonl").write_text('{"step": 1}\n{}\n'), ["metrics.jsonl", "line 1"]),
     ],
 )
 def test_read_run_names_what_is_wrong(tmp_path, damage, words):

@@ -1,14 +1,14 @@
 """A finished run as its files tell it: config, metrics, evaluations, environment; nothing here is computed from them."""
 
 import dataclasses
-import json
 import pathlib
 
 from lm.errors import UserError
 from lm.evaluation.token_scores import TokenScores, read_token_scores
+from lm.files import read_json
+from lm.runs.folder import RunFolder
 
 _FIGURES = ("loss", "perplexity", "bits_per_byte", "word_perplexity", "nll_sum", "tokens", "bytes", "words", "text_sha256")
-_COUNTS = ("step", "tokens", "seconds")  # in each line of metrics.jsonl
 _RECORDS = {
     "tokenizer": ("name", "sha256", "vocab_size"),
     "protocol": ("context", "stride", "precision", "adaptation"),
@@ -69,63 +69,33 @@ def read_run(workdir: str | pathlib.Path, name: str | None = None) -> Run:
     Raises:
       UserError: the folder is no run, is not evaluated yet, or a file in it is damaged.
     """
-    workdir = pathlib.Path(workdir)
-    if not (workdir / "config.json").is_file():
-        raise UserError(f"{workdir} is no run: it has no config.json")
-    config = _read_object(workdir / "config.json")
+    folder = RunFolder(workdir)
+    workdir = folder.path
+    config = read_json(folder.config, f"{workdir} is no run: it has no config.json")
     try:
         resolved = config["resolved"]
         resolved["model"]["architecture"]
     except (KeyError, TypeError):
-        raise UserError(f"{workdir / 'config.json'} is damaged: it has no resolved.model.architecture") from None
-    evaluations = {path.stem: _read_evaluation(path) for path in sorted(workdir.glob("evaluation/*.json"))}
+        raise UserError(f"{folder.config} is damaged: it has no resolved.model.architecture") from None
+    evaluations = {path.stem: _read_evaluation(path) for path in sorted(folder.evaluation.glob("*.json"))}
     if not evaluations:
         raise UserError(f"{workdir} is not evaluated yet: run python -m launch.evaluate --workdir={workdir} --split=test first")
-    lines = _read_lines(workdir / "metrics.jsonl")
-    environment = workdir / "environment.json"
+    lines = list(folder.read_metrics())
     return Run(
         name=workdir.resolve().name if name is None else name,
         workdir=workdir,
         config=resolved,
         num_params=config.get("num_params"),
         vocab_size=config.get("vocab_size"),
-        train_lines=tuple(line for line in lines if line.get("split") == "train"),
-        valid_lines=tuple(line for line in lines if line.get("split") == "valid"),
+        train_lines=tuple(line for line in lines if line["split"] == "train"),
+        valid_lines=tuple(line for line in lines if line["split"] == "valid"),
         evaluations=evaluations,
-        environment=_read_object(environment) if environment.is_file() else {},
+        environment=read_json(folder.environment, "") if folder.environment.exists() else {},
     )
 
 
-def _parse_object(text, place):
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{place} is damaged: it is not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{place} is damaged: it holds a {type(value).__name__} where an object belongs")
-    return value
-
-
-def _read_object(path):
-    return _parse_object(path.read_bytes(), path)
-
-
-def _read_lines(path):
-    if not path.is_file():
-        return []
-    found = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if line.strip():
-            place = f"{path}, line {number},"
-            found.append(_parse_object(line, place))
-            absent = [name for name in _COUNTS if not isinstance(found[-1].get(name), int | float)]
-            if absent:
-                raise UserError(f"{place} is damaged: it tells no number of {', '.join(absent)}")
-    return found
-
-
 def _read_evaluation(path):
-    figures = _read_object(path)
+    figures = read_json(path, f"{path} is gone")
     absent = [field for field in (*_FIGURES, *_RECORDS) if field not in figures]
     for record, fields in _RECORDS.items():
         absent += [f"{record}.{field}" for field in fields if record not in absent and field not in figures[record]]

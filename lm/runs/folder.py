@@ -113,7 +113,7 @@ class RunFolder:
             raise UserError(f"{self.metrics} cannot be written: {error.strerror}") from None
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that was cut short is left out.
+        """The lines of metrics.jsonl, each with its split, step, tokens and seconds; a last one that was cut short is left out.
 
         Raises:
           UserError: another line is damaged.
@@ -124,13 +124,18 @@ class RunFolder:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                if not isinstance(record["step"], int) or "split" not in record:
-                    raise ValueError("a line of something else")
-            except (ValueError, TypeError, KeyError):
+                if not isinstance(record, dict):
+                    raise ValueError("it is no JSON object")
+                kinds = {"split": str, "step": int, "tokens": int, "seconds": int | float}
+                wrong = [name for name, kind in kinds.items() if not isinstance(record[name], kind)]
+                if wrong:
+                    raise ValueError(f"{wrong[0]} is {record[wrong[0]]!r}")
+            except (ValueError, KeyError) as error:
                 if number == len(lines):
                     return
+                lost = f"it has no {error}" if isinstance(error, KeyError) else error
                 raise UserError(
-                    f"{self.metrics} is damaged in line {number}; mend that line or take it out, and the run goes on"
+                    f"{self.metrics} is damaged in line {number} ({lost}); mend that line or take it out, and the run goes on"
                 ) from None
             yield record
 
