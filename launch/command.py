@@ -127,6 +127,12 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
     return overrides, rest
 
 
+def check_data_path(path: str | None) -> None:
+    """Raises a UserError if --data_path is given and nothing stands there."""
+    if path and not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
+        raise UserError(f"--data_path={path} does not exist: give a folder with train, valid and test files")
+
+
 def check_config_given() -> None:
     """Refuses a verb that stands without its --config."""
     if not flags.FLAGS.config:

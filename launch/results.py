@@ -28,10 +28,13 @@ def main(overrides):
     for name in ("only", "data_path"):
         if FLAGS[name].value and not FLAGS.workdir:
             raise UserError(f"--{name} is set without --workdir, where rows are trained; give that too, or leave it out")
+    command.check_data_path(FLAGS.data_path)
     from lm.files import check_writable
     from lm.reporting.results import is_scored, read_kept, write_page
 
     folder = pathlib.Path(FLAGS.folder)
+    if not FLAGS.workdir and not folder.is_dir():
+        raise UserError(f"--folder={folder} does not exist: give the folder of kept runs, or --workdir too, to train them for it")
     check_writable(folder / "README.md")
     opening, sections = _tables()
     rows = {row.path: row for section in sections for row in section.rows}

@@ -21,6 +21,7 @@ def main(overrides):
     del overrides
     if not FLAGS.data_path:
         raise UserError("--data_path is missing: give a folder with train, valid and test, such as --data_path=data/ptb")
+    command.check_data_path(FLAGS.data_path)
     from lm.benchmark.word_language_model import Settings, train
     from lm.runs.folder import environment
 

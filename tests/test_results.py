@@ -148,6 +148,7 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path):
     for name, rate in (("tables", 0.001), ("changed", 0.01)):
         (tmp_path / f"{name}.py").write_text(TABLES.format(path=path, rate=rate))
     folder, workdir = tmp_path / "results", tmp_path / "runs"
+    folder.mkdir()
     verb = ["launch.results", f"--folder={folder}", f"--tables={tmp_path / 'tables.py'}"]
     train = [f"--workdir={workdir}", f"--data_path={corpus}"]
     calls = [[*verb], *([*verb, *train, f"--only={row}"] for row in ("a/lstm", "a/tuned", "a/part", "a/tuned"))]
@@ -268,15 +269,22 @@ def test_a_peer_stands_where_a_paper_does(tmp_path):
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
     (tmp_path / "empty.py").write_text("OPENING = ''\n")
     (tmp_path / "rows.py").write_text("OPENING, SECTIONS = '', ('a row',)\n")
+    (tmp_path / "results").mkdir()
     folder = f"--folder={tmp_path / 'results'}"
     calls = {
+        f"--folder={tmp_path / 'result'} does not exist: give the folder of kept runs": [folder[:-1]],
+        f"--data_path={tmp_path / 'x'} does not exist": [
+            folder,
+            f"--workdir={tmp_path / 'runs'}",
+            f"--data_path={tmp_path / 'x'}",
+        ],
         "--folder is missing": [],
         "--only=nothing is in the path of no row; there are ptb/": [folder, "--only=nothing", f"--workdir={tmp_path / 'runs'}"],
         "--only is set without --workdir": [folder, "--only=ptb"],
         "the rows to run are of data/enwik8, data/lm1b, data/ptb, data/tensorflow_datasets, data/text8/text8": [
             folder,
             f"--workdir={tmp_path / 'runs'}",
-            "--data_path=x",
+            f"--data_path={tmp_path}",
         ],
         "empty.py has no SECTIONS; configs/_results.py shows": [folder, f"--tables={tmp_path / 'empty.py'}"],
         "rows.py: OPENING must be text, SECTIONS a tuple of Section;": [folder, f"--tables={tmp_path / 'rows.py'}"],
