@@ -313,6 +313,8 @@ BAD = [
     ("compare --workdirs={w}/counted,{w}/empty --workdir={w}/x", ["{w}/empty holds no run"]),
     ("compare --workdirs={w}/counted --workdir={w}/x --config.seed=3", ["--config.seed is set", "--configs"]),
     ("compare --configs={w}/lstm.py --workdir={w}/x --position_context=0", ["--position_context=0", "at least 1"]),
+    ("word_language_model", ["--data_path is missing"]),
+    ("word_language_model --data_path={w}/no", ["--data_path={w}/no does not exist", "train, valid and test"]),
 ]
 
 
