@@ -127,18 +127,10 @@ class Embedding(nn.Module):
         only one array of the table's size is made.
         """
         rows_BTD, table_VD = look_up(constrain(self.table, VOCABULARY), tokens_BT)
-        return self._finished(rows_BTD, tokens_BT, train), table_VD
-
-    def by_one_hot(self, tokens_BT: Array, train: bool = False) -> Array:
-        """The same as a product of one-hot rows with the table: what a look-up means, at V times the work."""
-        one_hot_BTV = jax.nn.one_hot(tokens_BT, self.vocab_size)
-        return self._finished(jnp.matmul(one_hot_BTV, self.table, precision="highest"), tokens_BT, train)
-
-    def _finished(self, rows_BTD, tokens_BT, train):
         if train and self.word_dropout_rate:
             keep_V1 = keep_mask(self.make_rng("dropout"), (self.vocab_size, 1), self.word_dropout_rate)
             rows_BTD = jnp.where(keep_V1[tokens_BT], rows_BTD / (1 - self.word_dropout_rate), 0)
-        return constrain(rows_BTD.astype(self.dtype) * self.multiplier, ROWS)
+        return constrain(rows_BTD.astype(self.dtype) * self.multiplier, ROWS), table_VD
 
 
 @jax.custom_vjp
