@@ -50,19 +50,19 @@ def main(overrides):
         found = prepare(draft, pathlib.Path(FLAGS.folder), job, FLAGS.shard_mib << 20, tokenizer, progress)
     seconds = time.perf_counter() - started
     for name, facts in found.splits.items():
-        print(
-            f"{name}: {facts['tokens']:,} tokens in {len(facts['shards'])} shards, of {facts['num_bytes']:,} bytes and "
-            f"{facts['num_words']:,} words"
-        )
+        tokens, shards = f"{facts['tokens']:,} tokens", _shards(len(facts["shards"]))
+        print(f"{name}: {tokens} in {shards}, of {facts['num_bytes']:,} bytes and {facts['num_words']:,} words")
     print(f"{done / 1e6:,.1f} MB of text in {seconds:,.1f} s, {num_workers} workers")
     if found.missing:
-        print(
-            f"{found.missing} shards are not there yet; the last of the {FLAGS.num_processes} processes finishes {FLAGS.folder}"
-        )
+        print(f"{_shards(found.missing)} still to come; the last of the {FLAGS.num_processes} processes finishes {FLAGS.folder}")
     else:
         given = shlex.join([f"--config={FLAGS.config}", *overrides, f"--config.data.prepared={FLAGS.folder}"])
         print(f"next: python -m launch.train {given} --workdir=…")
     return {"folder": FLAGS.folder, "missing": found.missing, "splits": found.splits, "seconds": seconds, "bytes": done}
+
+
+def _shards(number):
+    return f"{number} {'shard' if number == 1 else 'shards'}"
 
 
 if __name__ == "__main__":

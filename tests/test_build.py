@@ -141,7 +141,7 @@ def test_a_solved_width_is_the_models_own_count(tiny, architecture, fields):
 @pytest.mark.parametrize("architecture", ["lstm", "transformer"])
 def test_a_budget_too_small_is_one_clear_sentence(tiny, architecture):
     with pytest.raises(
-        UserError, match=rf"config.model.num_params is 30, but the narrowest {architecture} of 2 layers .* has \d+ param"
+        UserError, match=rf"config.model.num_params is 30, but the narrowest {architecture} with num_layers=2 .* has \d+ param"
     ):
         solve_widths(tiny(architecture, model__num_params=30), V)
 

@@ -142,8 +142,8 @@ def solve_widths(config: Config, vocab_size: int) -> Config:
 
     if count(1) > budget:
         raise UserError(
-            f"config.model.num_params is {budget}, but the narrowest {model.architecture} of {model.num_layers} layers over a "
-            f"vocabulary of {vocab_size} has {count(1)} parameters; give more, or fewer layers"
+            f"config.model.num_params is {budget}, but the narrowest {model.architecture} with num_layers={model.num_layers} and "
+            f"a vocabulary of {vocab_size} has {count(1)} parameters; give more, or fewer layers"
         )
     high = 2
     while count(high) <= budget:

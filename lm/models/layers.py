@@ -127,10 +127,13 @@ class Embedding(nn.Module):
         only one array of the table's size is made.
         """
         rows_BTD, table_VD = look_up(constrain(self.table, VOCABULARY), tokens_BT)
+        return self._finished(rows_BTD, tokens_BT, train), table_VD
+
+    def _finished(self, rows_BTD, tokens_BT, train):
         if train and self.word_dropout_rate:
             keep_V1 = keep_mask(self.make_rng("dropout"), (self.vocab_size, 1), self.word_dropout_rate)
             rows_BTD = jnp.where(keep_V1[tokens_BT], rows_BTD / (1 - self.word_dropout_rate), 0)
-        return constrain(rows_BTD.astype(self.dtype) * self.multiplier, ROWS), table_VD
+        return constrain(rows_BTD.astype(self.dtype) * self.multiplier, ROWS)
 
 
 @jax.custom_vjp
