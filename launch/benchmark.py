@@ -98,6 +98,15 @@ def report(result):
             f"{matmul['size']} × {matmul['size']} {matmul['dtype']} matmul here",
         )
     )
+    if result["mode"] == "generate":
+        few = result["few_row_matmul"]
+        rows.append(
+            (
+                "reading",
+                f"{result['share_of_few_row_matmul_peak']:.1%} of the {_scaled(few['flops_per_second'])}FLOP/s of "
+                f"{few['rows']} × {few['size']} by {few['size']} × {few['size']}, which must read its matrix as this its weights",
+            )
+        )
     for allocator, peer in (result["against"] or {"allocators": {}})["allocators"].items():
         rows += [
             (

@@ -16,7 +16,7 @@ from helpers import ROOT, corpus_of, draft, refused, write_corpus
 from lm.benchmark import benchmark as benchmarks, peer_side, scan_peer, torch_models, torch_peer
 from lm.benchmark.benchmark import benchmark
 from lm.benchmark.flops import TRAINING, forward_flops_per_token
-from lm.benchmark.machine import SquareMatmul
+from lm.benchmark.machine import Matmul
 from lm.benchmark.units import Generation
 from lm.benchmark.workers import Worker
 from lm.benchmark.workloads import Task, workload
@@ -380,21 +380,27 @@ def test_a_vocabulary_beyond_the_texts_makes_the_model_larger_and_nothing_else(t
 
 @pytest.mark.parametrize(
     "mode, compute_dtype, precision",
-    [("train", "float32", "default"), ("evaluate", "float32", "highest"), ("evaluate", "bfloat16", "default")],
+    [
+        ("train", "float32", "default"),
+        ("evaluate", "float32", "highest"),
+        ("evaluate", "bfloat16", "default"),
+        ("generate", "float32", "default"),
+    ],
 )
 def test_the_matmul_is_rounded_as_those_of_what_is_measured(mode, compute_dtype, precision, tmp_path, monkeypatch):
     asked = []
 
-    def square(placement, *kind):
-        asked.append(kind)
-        return SquareMatmul(placement, *kind, size=8)
+    def matmul(placement, *kind, rows=None):
+        asked.append((*kind, rows))
+        return Matmul(placement, *kind, rows=rows, size=8)
 
-    monkeypatch.setattr(benchmarks, "SquareMatmul", square)
+    monkeypatch.setattr(benchmarks, "Matmul", matmul)
     monkeypatch.setattr(benchmarks, "start", lambda *_, **__: None)  # what it sets would stay for other tests
-    task = Task(draft(write_corpus(tmp_path / "corpus"), "rnn", compute_dtype=compute_dtype), mode)
+    task = Task(draft(write_corpus(tmp_path / "corpus"), "rnn", compute_dtype=compute_dtype), mode, Generation(3, 4))
     with contextlib.closing(benchmarks.OurSide(task, "system", tmp_path)) as ours:
-        assert ours.matmul_rate() > 0
-    assert asked == [(compute_dtype, precision)]
+        assert min(ours.matmul_rates().values()) > 0
+    few = [(compute_dtype, precision, 3)] if mode == "generate" else []
+    assert asked == [(compute_dtype, precision, None), *few]
 
 
 CONFIG = """
@@ -433,6 +439,10 @@ def test_the_verb_prints_a_few_lines_and_writes_what_it_measured(mode, tmp_path)
     speed, matmul = result["tokens_per_second"], result["matmul"]["flops_per_second"]
     assert len(speed["rounds"]) == 2 and speed["min"] <= speed["median"] <= speed["max"]
     assert result["share_of_matmul_peak"] == pytest.approx(result["flops_per_token"] * speed["median"] / matmul)
+    few = (
+        result["flops_per_token"] * speed["median"] / result["few_row_matmul"]["flops_per_second"] if mode == "generate" else None
+    )
+    assert result.get("share_of_few_row_matmul_peak") == (few and pytest.approx(few))
     if peer:
         (other,) = result["against"]["allocators"].values()
         assert result["first_loss"] == pytest.approx(other["first_loss"], abs=1e-4)

@@ -91,6 +91,15 @@ def test_the_page_says_what_the_files_say(tmp_path):
     assert page.table([scanned])[-1].endswith("| 42% (target 45%) |")
     scanned["share_of_matmul_peak"] = 0.446
     assert page.table([scanned])[-1].endswith("| 44% (target 45%) |")
+    one = result(9, "GRU", "gru", 900, {"name": "torch", "allocators": {"system": peer(450, 2.0)}}, 3.0, mode="generate")
+    few = one | {"share_of_few_row_matmul_peak": 0.8}
+    absent = {"measurement": {"name": "generate: RNN", "target": 3.0}}
+    head, _, *rows = page.table([few, one, absent])
+    assert head.endswith("| of matmul peak | of few rows' peak |")
+    assert rows[0] == "| GRU | 900 | 450 | 2.00 | 3.00 (63%, 120%) |  |  | 509 MiB, 700 MiB | 42% | 80% |"
+    assert rows[1] == "| GRU | 900 | 450 | 2.00 | 3.00 (63%) |  |  | 509 MiB, 700 MiB | 42% |  |"
+    assert rows[2] == "| RNN | not yet measured |  |  | 3.00 |  |  |  |  |  |"
+    assert any("few rows' peak" in line for line in page.provenance([few])) and "few" not in str(page.provenance([one]))
     assert [page._against_target(ratio, 1.3) for ratio in (1.3, 1.2951, 1.2949)] == ["**1.30**", "1.29", "1.29"]
     former = result(9, "GRU", "gru", 1_550, {"name": "torch", "allocators": {"system": peer(500, 3.1, formerly=True)}}, 3.0)
     assert "| GRU | 1,550 | 500 † | 3.10 | 3.00 (41%) |  |  | 509 MiB | 42% |" in page.table([former])  # it reached nothing

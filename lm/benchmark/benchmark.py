@@ -15,7 +15,7 @@ from flax import traverse_util
 from lm.backend import start
 from lm.benchmark import scan_peer, torch_peer
 from lm.benchmark.flops import TRAINING, forward_flops_per_token
-from lm.benchmark.machine import SquareMatmul, busy_cores, spread
+from lm.benchmark.machine import Matmul, busy_cores, spread
 from lm.benchmark.peer_side import Batches, PeerSide, Start
 from lm.benchmark.units import host_peak_bytes
 from lm.benchmark.workers import Worker
@@ -100,7 +100,7 @@ def _measure(stack, start_ours, against, steps, rounds, compile_peer, profile, s
 
     def between():
         on_round()
-        return ours.call("matmul_rate")
+        return ours.call("matmul_rates")
 
     rates, waits, matmul_rates = _take_turns({"ours": ours, **workers}, steps, rounds, facts["tokens_per_step"], between)
     ours.call("first_loss")  # raises where a loss on the way was not finite
@@ -111,6 +111,7 @@ def _measure(stack, start_ours, against, steps, rounds, compile_peer, profile, s
         ratios = [mine / theirs for mine, theirs in zip(rates["ours"], rates[name], strict=True)]
         peer |= {"tokens_per_second": spread(rates[name], 1), "ratio": spread(ratios, 4)}
     flops_per_second = facts["flops_per_token"] * speed["median"]
+    matmuls = {name: {**facts[name], "flops_per_second": max(rate[name] for rate in matmul_rates)} for name in matmul_rates[0]}
     return {
         **facts,
         "steps": steps,
@@ -122,8 +123,8 @@ def _measure(stack, start_ours, against, steps, rounds, compile_peer, profile, s
         "waiting_share": spread(waits["ours"], 4),
         "memory": memory,
         "flops_per_second": flops_per_second,
-        "matmul": {**facts["matmul"], "flops_per_second": max(matmul_rates)},
-        "share_of_matmul_peak": flops_per_second / max(matmul_rates),
+        **matmuls,
+        **{f"share_of_{name}_peak": flops_per_second / found["flops_per_second"] for name, found in matmuls.items()},
         "against": {"name": against, "allocators": peers} if against else None,
     }
 
@@ -190,7 +191,7 @@ class OurSide:
         self._experiment = task.prepare()
         self._before = host_peak_bytes()
         self._workload = workload(task.mode, self._experiment, self._placement, task.generation)
-        self._matmul: SquareMatmul | None = None
+        self._made: dict[str, Matmul] = {}
 
     def run(self, num_units: int) -> tuple[float, float]:
         """As `Workload.run`."""
@@ -222,22 +223,28 @@ class OurSide:
             "seq_len": config.data.seq_len,
             "tokens_per_step": self._workload.tokens_per_unit,
             "flops_per_token": forward * TRAINING if self._task.mode == "train" else forward,
-            "matmul": {"size": self._square().size, "dtype": config.compute_dtype},
+            **{
+                name: {"rows": one.rows, "size": one.size, "dtype": config.compute_dtype} for name, one in self._matmuls().items()
+            },
             "allocator": self._allocator,
             "resolved": to_json(config),
             "environment": device_summary(self._placement),
         }
 
-    def _square(self):
-        if self._matmul is None:
+    def _matmuls(self):
+        """A square one, and where texts are generated, whose products have as many rows as there are texts, one with those."""
+        if not self._made:
             dtype = self._experiment.config.compute_dtype
             exact = self._task.mode == "evaluate" and dtype == "float32"  # as lm.evaluation.scorers has it
-            self._matmul = SquareMatmul(self._placement, dtype, "highest" if exact else "default")
-        return self._matmul
+            kind = self._placement, dtype, "highest" if exact else "default"
+            self._made["matmul"] = Matmul(*kind)
+            if self._task.mode == "generate":
+                self._made["few_row_matmul"] = Matmul(*kind, rows=self._task.generation.num_samples)
+        return self._made
 
-    def matmul_rate(self) -> float:
-        """As `SquareMatmul.rate`."""
-        return self._square().rate()
+    def matmul_rates(self) -> dict[str, float]:
+        """As `Matmul.rate`, of each."""
+        return {name: one.rate() for name, one in self._matmuls().items()}
 
     def export(self, scratch: pathlib.Path) -> Start:
         """Writes fresh parameters, batches and learning rates; returns what a peer needs to start from the same point."""

@@ -23,8 +23,13 @@ _AXES = {
 
 _OF_A_RATIO = (
     "- A ratio is ours over the peer's; the target is what this project set itself, and a ratio that reaches it is bold.",
-    "- In brackets behind a target: what share of the matmul peak, in the last column, it would take beside that peer.",
+    "- In brackets behind a target: what share of the peak of a matmul it would take beside that peer.",
     "- The peer is PyTorch, eager or compiled, whichever was faster, or where it says so a plain lax.scan with our optimiser.",
+)
+_FEW_ROWS = "share_of_few_row_matmul_peak"
+_OF_FEW_ROWS = (
+    "- Generation multiplies only as many rows as there are texts by each matrix, and cannot be done sooner than that is read:",
+    "  few rows' peak is what a product of so many rows by a 4,096 × 4,096 matrix (on a GPU 8,192 × 8,192) comes to here.",
 )
 _ON_A_GPU = ("- torch's autocast to bfloat16 runs cuDNN's recurrences in float16, whatever type it is asked for.",)
 _FORMERLY = (
@@ -83,19 +88,22 @@ def write_page(folder: pathlib.Path, heading: str, about: str, suite: Sequence[M
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """Markdown: ours beside the peer, as it starts and with our allocator; memory; share of the matmul peak.
+    """Markdown: ours beside the peer, as it starts and with our allocator; memory; share of matmul peak.
 
     Args:
       results: what was measured; of what was not yet, the `measurement` alone.
     """
-    columns = "", "tokens/s", "peer", "ratio", "target", "peer, our allocator", "ratio", "memory, peer's", "of matmul peak"
+    columns = ["", "tokens/s", "peer", "ratio", "target", "peer, our allocator", "ratio", "memory, peer's", "of matmul peak"]
+    few_rows = any(_FEW_ROWS in result for result in results)
+    columns += ["of few rows' peak"] if few_rows else []
     lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
     for result in results:
         name = result["measurement"]["name"].partition(": ")[2]
         target = result["measurement"]["target"]
         if "tokens_per_second" not in result:
             share = _share(result["measurement"], None)
-            lines.append(f"| {name} | not yet measured |  |  | {f'{target:.2f}' if target else ''} |  |  |  | {share} |")
+            empty = "  |" * few_rows
+            lines.append(f"| {name} | not yet measured |  |  | {f'{target:.2f}' if target else ''} |  |  |  | {share} |{empty}")
             continue
         peers = _peers(result)
         plain, tuned = peers.get("system"), peers.get("tuned")
@@ -109,6 +117,7 @@ def table(results: Sequence[Result]) -> list[str]:
             f"{tuned['ratio']['median']:.2f}" if tuned else "",
             ", ".join(f"{_memory(side['memory']):,.0f} MiB" for side in (result, plain) if side and not _held_jax(side, result)),
             _share(result["measurement"], result["share_of_matmul_peak"]),
+            *([f"{result[_FEW_ROWS]:.0%}" if _FEW_ROWS in result else ""] if few_rows else []),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -123,10 +132,13 @@ def _against_target(ratio, target):
 
 
 def _target(target, result, peer):
-    """The ratio asked for, and what share of the matmul peak it would take to reach it beside that peer."""
+    """The ratio asked for, and what share of the peak of a matmul, also of one of few rows, it would take beside that peer."""
     if not target or peer is None:
         return f"{target:.2f}" if target else ""
-    return f"{target:.2f} ({result['share_of_matmul_peak'] * target / peer['ratio']['median']:.0%})"
+    shares = (
+        result[share] * target / peer["ratio"]["median"] for share in ("share_of_matmul_peak", _FEW_ROWS) if share in result
+    )
+    return f"{target:.2f} ({', '.join(f'{share:.0%}' for share in shares)})"
 
 
 def _share(measurement, share):
@@ -222,6 +234,7 @@ def provenance(results: Sequence[Result]) -> list[str]:
         "- Each side runs in a process of its own, and rounds take turns; figures are medians over the rounds. The JSON files",
         "  here hold every round, the resolved config, and how many cores other work took before.",
         "- Memory is the process's peak, libraries and compiler included; on a GPU the device's.",
+        *(_OF_FEW_ROWS if any(_FEW_ROWS in result for result in results) else []),
         *(_ON_A_GPU if any(result["environment"].get("platform") == "gpu" for result in results) else []),
         *(_FORMERLY if any(_held_jax(peer, result) for result in results for peer in _peers(result).values()) else []),
     ]
