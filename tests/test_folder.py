@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT, changed, refused
 
 from lm import files
-from lm.config import Config, resolve
+from lm.config import Config, from_json, resolve
 from lm.runs import folder as folders
 from lm.runs.folder import RunFolder, environment
 
@@ -155,14 +155,20 @@ def test_another_experiment_is_refused_by_the_fields_that_differ(tmp_path):
         folder.check_same_experiment(config, {**FACTS, "tokenizer_sha256": "abd"})
 
 
-def test_what_a_resumed_run_may_change_is_noted(tmp_path):
-    folder, config = RunFolder(tmp_path), resolve(Config())
-    folder.write_config(Config(), config, FACTS)
-    longer = changed(Config(), training__num_steps=2000)
-    folder.update_config(longer, resolve(longer))
+def test_of_a_run_that_has_ended_only_the_places_of_files_change(tmp_path):
+    def draft(**fields):
+        return changed(Config(), **{"data__source": "text", "data__path": "/then", **fields})
+
+    folder = RunFolder(tmp_path)
+    folder.write_config(draft(), resolve(draft()), FACTS)
+    before = folder.config.stat()
+    folder.note_places(draft(training__num_steps=2000, training__evaluate_every_steps=7))
+    assert folder.config.stat() == before
+    folder.note_places(draft(data__path="/now", data__cache_dir="/cache", training__num_steps=2000))
     found, saved = folder.read_config()
-    assert found.training.num_steps == 2000 and saved["given"]["training"]["num_steps"] == 2000
-    assert {name: saved[name] for name in FACTS} == FACTS
+    for data in (found.data, from_json(saved["given"]).data):
+        assert (data.path, data.cache_dir) == ("/now", "/cache")
+    assert found.training == resolve(draft()).training and {name: saved[name] for name in FACTS} == FACTS
 
 
 def test_a_run_that_is_older_than_some_fields_goes_on(tmp_path):

@@ -1,5 +1,6 @@
 """Training to the end: broken off anywhere, by whatever, a run ends bit for bit as if it had not been; and when it ends early."""
 
+import copy
 import itertools
 import json
 import logging
@@ -19,6 +20,8 @@ from helpers import ROOT, call_verbs, changed, config_file, draft, refused, untr
 
 from launch import compare
 from launch.console import Console
+from lm.config import resolve
+from lm.data.batches import batches
 from lm.errors import Preempted, UserError
 from lm.parallel import place
 from lm.runs.checkpoint import Checkpoints
@@ -26,7 +29,7 @@ from lm.runs.folder import RunFolder
 from lm.runs.open import open_best, open_run
 from lm.training import train as training
 from lm.training.metrics import MetricsLog
-from lm.training.train import Listener, train
+from lm.training.train import Listener, prepare, train
 
 pytestmark = pytest.mark.usefixtures("compilations_shared")
 
@@ -169,7 +172,8 @@ def test_an_uninterrupted_run_is_what_its_config_says(runs):
             assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
         fields = {"gradient_norm", "clipped_share", "update_norm", "learning_rate", "epoch", "seconds", "tokens_per_second"}
         assert all(fields <= set(line) for line in lines if line["split"] == "train")
-        assert lines[-1]["epoch"] >= 2
+        source = batches(resolve(config), prepare(config).train)
+        assert [line["epoch"] for line in lines] == [source.epoch(line["step"] - 1) for line in lines] and lines[-1]["epoch"] >= 2
         valid = {line["step"]: line["loss"] for line in lines if line["split"] == "valid"}
         best = min(valid, key=valid.get)
         progress = Checkpoints(workdir / "checkpoints").progress(60)
@@ -177,6 +181,11 @@ def test_an_uninterrupted_run_is_what_its_config_says(runs):
         assert Checkpoints(workdir / "checkpoints").steps() == sorted({best, 56, 60})
         assert lines[0]["loss"] > valid[best]  # it learns
         assert len(list((workdir / "tensorboard").iterdir())) == 1
+        if config.optimizer.schedule == "cosine":
+            rates = {line["step"]: line["learning_rate"] for line in lines if line["split"] == "train"}
+            for step, rate in rates.items():  # of the update that led to it, the first of which is that of step 0
+                warm, cosine = step / 3, 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 4) / 57))
+                assert rate == pytest.approx(0.02 * (warm if step < 4 else cosine), rel=1e-5)
         if config.optimizer.schedule == "plateau":
             assert lines[-2]["learning_rate"] < 0.2  # what falls must stay so after an interruption
 
@@ -348,6 +357,22 @@ def test_a_finished_run_is_left_as_it_is(runs, monkeypatch):
         assert (result.step, result.tokens) == (60, list(RunFolder(workdir).read_metrics())[-1]["tokens"])
         assert result.best_loss == Checkpoints(workdir / "checkpoints").progress(60)["best_loss"]
         assert {path: path.stat().st_mtime_ns for path in before} == before
+        others = changed(copy.deepcopy(config), training__evaluate_every_steps=1000)
+        train(others, str(workdir), Never())  # what it was not trained with is not noted either
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_run_that_was_broken_off_can_be_asked_to_end_there(corpus, tmp_path):
+    """Its last step is looked at then, as that of any run."""
+    assert interrupt(lstm(corpus), tmp_path / "stopped", 26) == 0
+    shorter = lstm(corpus, training__num_steps=24)
+    result = train(shorter, str(tmp_path / "stopped"))
+    train(shorter, str(tmp_path / "whole"))
+    assert_same_outcome(outcome(tmp_path / "whole"), outcome(tmp_path / "stopped"))
+    assert result.step == 24 and math.isfinite(result.best_loss)
+    assert interrupt(lstm(corpus), tmp_path / "early", 5) == 0  # before any look
+    train(lstm(corpus, training__num_steps=4), str(tmp_path / "early"))
+    assert open_run(str(tmp_path / "early")).which == "best"
 
 
 def test_more_steps_go_on_as_if_meant_from_the_start(runs, corpus, tmp_path):
@@ -449,20 +474,37 @@ def test_bad_steps_are_left_out_and_the_run_goes_on(policy, corpus, tmp_path, mo
     assert names and all(ends[0][name] == ends[1][name] for name in names)
 
 
-@pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_a_run_of_bad_steps_alone_is_given_up(policy, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "batches", poisoned(*range(9, 60)))
-    config = lstm(corpus, training__on_bad_step=policy)
-    with refused("steps, one soon after the other, was bad", "the checkpoint of step"):
+_SELDOM = dict(training__log_every_steps=60, training__evaluate_every_steps=60, training__checkpoint_every_steps=None)
+
+
+@pytest.mark.parametrize(
+    ("policy", "fields", "kept"),
+    [("skip", {}, "the checkpoint of step 14 is kept"), ("rollback", {}, "step 14"), ("rollback", _SELDOM, "no checkpoint yet")],
+)
+def test_a_run_of_bad_steps_alone_is_given_up_at_the_tenth(policy, fields, kept, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "batches", poisoned(*range(6, 60)))
+    config = lstm(corpus, **{"training__on_bad_step": policy, "training__log_every_steps": 5, **fields})
+    with refused("of 10 steps, one soon after the other, was bad", kept):
         train(config, str(tmp_path))
-    assert Checkpoints(tmp_path / "checkpoints").latest_sound() <= 21
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_bad_steps_with_good_ones_between_do_not_add_up(policy, corpus, tmp_path, monkeypatch):
+    bad = range(6, 60, 4)
+    monkeypatch.setattr(training, "batches", poisoned(*bad))
+    train(lstm(corpus, training__on_bad_step=policy), str(tmp_path))
+    lines = list(RunFolder(tmp_path).read_metrics())
+    assert sum(line.get("skipped_steps", 0) for line in lines) == len(bad) > 10 and lines[-1]["step"] == 60
 
 
 def test_a_huge_learning_rate_ends_the_run(corpus, tmp_path):
-    config = draft(corpus, "lstm", optimizer__learning_rate=1e38, optimizer__name="sgd", training__num_steps=50)
+    huge = dict(optimizer__learning_rate=1e38, optimizer__name="sgd", training__num_steps=50)
     with refused("loss, gradient or update of step 1 is not finite (learning rate 1e+38)", "there was no checkpoint yet"):
-        train(config, str(tmp_path))
+        train(draft(corpus, "lstm", **huge), str(tmp_path))
     assert open_run_is_refused(tmp_path)
+    warming = draft(corpus, "lstm", **huge, optimizer__warmup_steps=100, training__log_every_steps=50)
+    with refused("of step 1 is not finite (learning rate 1e+36)"):  # that step's, not that of the one at which it was seen
+        train(warming, str(tmp_path / "warming"))
 
 
 def test_a_model_that_valid_shows_to_have_diverged_is_not_saved(corpus, tmp_path, monkeypatch):
@@ -497,7 +539,7 @@ def test_stalling_lowers_the_learning_rate_and_then_ends_the_run(corpus, tmp_pat
     assert (result.step, result.best_step) == (10, 2)
     lines = list(RunFolder(workdir).read_metrics())
     rates = {line["step"]: line["learning_rate"] for line in lines if line["split"] == "train"}
-    assert rates == pytest.approx({2: 1e-12, 4: 1e-12, 6: 1e-12, 8: 2.5e-13, 10: 2.5e-13})
+    assert rates == pytest.approx({2: 1e-12, 4: 1e-12, 6: 1e-12, 8: 2.5e-13, 10: 2.5e-13}, rel=1e-6, abs=0)
     norms = {line["step"]: line["update_norm"] for line in lines if line["split"] == "train"}
     assert norms[8] / norms[6] == pytest.approx(0.25, rel=0.2)  # and it is what the updates are made with
     assert len({line["loss"] for line in lines if line["split"] == "valid"}) == 1
@@ -513,7 +555,7 @@ def test_stalling_lowers_the_learning_rate_and_then_ends_the_run(corpus, tmp_pat
     assert f"next: python -m launch.evaluate --workdir='{workdir}' --split=test" in told.out
 
 
-def test_starting_from_the_best_parameters_of_another_run(runs, tmp_path):
+def test_starting_from_the_best_parameters_of_another_run(runs, corpus, tmp_path):
     config, workdir = runs["lstm"]
     source = open_run(str(workdir))
     other = write_corpus(tmp_path / "other", train=40, valid=8, test=8, seed=9)
@@ -546,6 +588,12 @@ def test_starting_from_the_best_parameters_of_another_run(runs, tmp_path):
         train(tuned(model__hidden_dim=12), str(tmp_path / "wider"))
     with refused("config.model.input_gate is 'capped'", "config.training.init_from", "was trained with 'free'; make them equal"):
         train(tuned(model__input_gate="capped"), str(tmp_path / "capped"))
+    with refused("config.model.skip_connections is True", "was trained with False"):
+        train(tuned(model__skip_connections=True), str(tmp_path / "skipping"))
+    attentive = str(runs["transformer"][1])
+    for name, value in (("num_heads", 4), ("positions", "sinusoidal"), ("activation", "relu")):
+        with refused(f"config.model.{name} is {value!r}", "config.training.init_from", "make them equal"):
+            train(transformer(corpus, training__init_from=attentive, **{f"model__{name}": value}), str(tmp_path / name))
     with refused("config.training.init_from", "char tokenizer", "config.data.tokenizer is 'byte'", "make them equal"):
         train(tuned(data__tokenizer="byte"), str(tmp_path / "bytes"))
     with refused(f"{tmp_path / 'nowhere'} holds no run"):

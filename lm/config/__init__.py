@@ -18,7 +18,7 @@ from lm.config.fields import (
 )
 from lm.config.rules import check_clusters, default_mlp_dim, dropout_rates, layer_dims, left_open, replaced, resolve
 from lm.config.section import Section, recording, unknown_field
-from lm.config.stored import common_values, differences, from_json, given_fields, load_resolved, to_json
+from lm.config.stored import common_values, differences, from_json, given_fields, load_resolved, to_json, with_places
 
 __all__ = [
     "ARCHITECTURES",
@@ -47,4 +47,5 @@ __all__ = [
     "resolve",
     "to_json",
     "unknown_field",
+    "with_places",
 ]

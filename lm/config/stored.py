@@ -67,6 +67,12 @@ def _absent(config, values) -> Iterator[tuple[str, ...]]:
             yield from ((field.name, *rest) for rest in _absent(value, values[field.name]))
 
 
+def with_places(values: dict, config: Config) -> dict:
+    """A config as plain values, with files standing where another config says."""
+    places = {name.partition(".")[2] for name in _OF_THE_HOST}
+    return {**values, "data": {**values["data"], **{name: to_json(config.data)[name] for name in places}}}
+
+
 def given_fields(draft: Config) -> set[str]:
     """Names ("section.field") of the fields whose value differs from the default."""
     names = set()

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lm.config import Config, differences
+from lm.config import Config, differences, with_places
 from lm.config.stored import from_json
 from lm.errors import UserError
 from lm.files import read_json, write_atomically, write_json
@@ -89,7 +89,7 @@ def keep(workdir: pathlib.Path, kept: pathlib.Path, row: Row, draft: Config) -> 
     """
     run, saved = read_run(workdir), read_json(workdir / "config.json", "")
     for form in ("given", "resolved"):
-        saved[form]["data"] |= {name: getattr(draft.data, name) for name in ("path", "cache_dir", "prepared")}
+        saved[form] = with_places(saved[form], draft)
         saved[form]["training"]["init_from"] = draft.training.init_from
     for name in [f"{split}{ending}" for split in ("valid", "test") for ending in _endings(run, row)]:
         evaluation = run.evaluation(name)

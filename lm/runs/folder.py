@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from lm.config import Config, differences, load_resolved, to_json
+from lm.config import Config, differences, load_resolved, to_json, with_places
 from lm.errors import UserError
 from lm.files import read_json, write_atomically, write_json
 
@@ -67,11 +67,12 @@ class RunFolder:
         """Writes config.json: the config as given and as resolved, and facts that follow from it and the data."""
         write_json(self.config, {"given": to_json(given), "resolved": to_json(resolved), **facts})
 
-    def update_config(self, given: Config, resolved: Config) -> None:
-        """Notes the fields that a run which is taken up again may change; the facts stay."""
+    def note_places(self, draft: Config) -> None:
+        """Notes where the corpus and caches of a run that has ended stand now, as a config says that trains it again."""
         _, saved = self.read_config()
-        if saved["resolved"] != to_json(resolved):
-            write_json(self.config, {**saved, "given": to_json(given), "resolved": to_json(resolved)})
+        moved = {**saved, **{form: with_places(saved[form], draft) for form in ("given", "resolved")}}
+        if moved != saved:
+            write_json(self.config, moved)
 
     def check_same_experiment(self, resolved: Config, facts: dict[str, Any]) -> None:
         """Raises a UserError, naming the fields, if this folder's run was started with another config or on other text, or if

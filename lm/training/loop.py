@@ -44,8 +44,7 @@ def run_loop(
       skip_fn: the same for a step that is left out.
       evaluate: placed parameters -> figures of the quick look at valid.
       schedule: step -> learning rate, before the plateau's factor.
-      record: takes a line of metrics.
-      on_step: called after each step was dispatched.
+      record, on_step: take a line of metrics; the number of a step that was dispatched.
       is_asked_to_stop: asked after each step; of several processes all must say the same.
 
     Raises:
@@ -55,7 +54,6 @@ def run_loop(
     """
     training, start, progress.finished = config.training, int(state.step), False  # also one that had ended, given more steps
     controls = {name: np.array(value) for name, value in state.controls.items()}
-    scale = float(controls["learning_rate_scale"])
     state, carry = placement.put_state(state), placement.put_rows(carry)
     tokens_per_step, local_rows = source.tokens_per_step, placement.local_rows(config.data.batch_size)
     mark, logged = time.perf_counter(), (start, progress.seconds)
@@ -63,46 +61,48 @@ def run_loop(
     def batch(step):
         return placement.put_local_rows(source.batch(step, local_rows))
 
+    def learning_rate(step):
+        return float(schedule(max(step, 1) - 1)) * float(controls["learning_rate_scale"])
+
     def place_in_run(step):
         at = {"step": step, "tokens": int(step * tokens_per_step), "epoch": source.epoch(max(step, 1) - 1)}
         return {**at, "seconds": round(progress.seconds, 3)}
 
     def look(step):
-        nonlocal controls, scale, state
+        nonlocal controls, state
         figures = evaluate(evaluation_params(state))
-        metrics.stop_if_valid_is_not_finite(step, figures["loss"], schedule(max(step, 1) - 1) * scale, checkpoints)
+        metrics.stop_if_valid_is_not_finite(step, figures["loss"], learning_rate(step), checkpoints)
         record({**place_in_run(step), "split": "valid", **figures, **shown(controls)})
         progress.looked(step, figures["loss"])
         controls = decide(config, controls, progress)
-        scale, state = float(controls["learning_rate_scale"]), state.replace(controls=placement.put_state(controls))
+        state = state.replace(controls=placement.put_state(controls))
 
     def save(step):
         params, rest = parted(placement.to_save(state))
         checkpoints.save(step, params, {"state": rest, "carry": placement.get_rows(carry)}, dataclasses.asdict(progress))
 
-    if training.init_from and not start and not progress.losses:  # if nothing gets better, what it started from is kept
+    # what it started from is kept if nothing gets better; and a run that was stopped may be asked to end there
+    if (training.init_from and not start and not progress.losses) or start == training.num_steps:
         look(start)
+        progress.finished = start == training.num_steps
         save(start)
         mark = time.perf_counter()
     for step, rows in enumerate(prefetch(batch, start, training.num_steps, config.data.prefetch), start + 1):
         state, carry = (skip_fn if step in progress.left_out else step_fn)(state, carry, rows)
         on_step(step)
         last, stops = step == training.num_steps, is_asked_to_stop(step)
-        looks = last or step % training.evaluate_every_steps == 0
+        logs, looks = (last or step % every == 0 for every in (training.log_every_steps, training.evaluate_every_steps))
         saves = (training.checkpoint_every_steps and step % training.checkpoint_every_steps == 0) or looks or stops
-        logs = last or step % training.log_every_steps == 0
         if not (looks or saves or logs):
             continue
         sums = placement.get_state(state.log_sums)  # waits for the device
         progress.seconds, mark = progress.seconds + time.perf_counter() - mark, time.perf_counter()
-        metrics.act_on_bad_step(sums, training, schedule(step - 1) * scale, checkpoints)
+        metrics.act_on_bad_step(sums, training, learning_rate, checkpoints)
         if logs:
             rate = float((step - logged[0]) * tokens_per_step) / max(progress.seconds - logged[1], 1e-9)
-            rates = {"learning_rate": float(schedule(step - 1)) * scale, "tokens_per_second": round(rate, 1)}
+            rates = {"learning_rate": learning_rate(step), "tokens_per_second": round(rate, 1)}
             record({**place_in_run(step), "split": "train", **metrics.train_figures(sums), **rates, **source.counts(step)})
-            progress.skipped_in_a_row = 0 if sums["steps"] else progress.skipped_in_a_row + int(sums["skipped_steps"])
-            if progress.skipped_in_a_row >= metrics.MOST_LEFT_OUT:
-                metrics.stop_for_many_bad_steps(progress.skipped_in_a_row, schedule(step - 1) * scale, checkpoints)
+            metrics.stop_if_all_are_skipped(sums, progress, learning_rate(step), checkpoints)
             state = state.replace(log_sums=placement.put_state(empty_log()))
             logged = (step, progress.seconds)
         if looks:

@@ -13,6 +13,7 @@ from lm.errors import UserError
 from lm.evaluation.perplexity import perplexity
 from lm.runs.checkpoint import Checkpoints
 from lm.runs.folder import RunFolder
+from lm.training.progress import Progress
 
 MOST_LEFT_OUT = 10  # steps, without a line of metrics or a checkpoint in between that has a good one
 
@@ -35,8 +36,13 @@ def train_figures(sums: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def act_on_bad_step(sums: dict[str, Any], training: TrainingConfig, learning_rate: float, checkpoints: Checkpoints) -> None:
+def act_on_bad_step(
+    sums: dict[str, Any], training: TrainingConfig, learning_rate: Callable[[int], float], checkpoints: Checkpoints
+) -> None:
     """Ends the run, or goes back, if a step since the last look was bad and not left out.
+
+    Args:
+      learning_rate: of a step, for the sentence.
 
     Raises:
       UserError: names the step.
@@ -48,7 +54,7 @@ def act_on_bad_step(sums: dict[str, Any], training: TrainingConfig, learning_rat
     if training.on_bad_step == "rollback":
         raise RollBack(step)
     spike = f", or its loss lies {training.spike_nats} nats above the recent mean" if training.spike_nats is not None else ""
-    _stop(f"the loss, gradient or update of step {step}", f"is not finite{spike}", learning_rate, checkpoints)
+    _stop(f"the loss, gradient or update of step {step}", f"is not finite{spike}", learning_rate(step), checkpoints)
 
 
 class RollBack(Exception):
@@ -61,6 +67,13 @@ class RollBack(Exception):
     def __init__(self, step: int):
         super().__init__(f"step {step} was bad")
         self.step = step
+
+
+def stop_if_all_are_skipped(sums: dict[str, Any], progress: Progress, learning_rate: float, checkpoints: Checkpoints) -> None:
+    """Notes in `progress` how many steps were left out since a good one; raises a UserError if they are too many."""
+    progress.skipped_in_a_row = 0 if sums["steps"] else progress.skipped_in_a_row + int(sums["skipped_steps"])
+    if progress.skipped_in_a_row >= MOST_LEFT_OUT:
+        stop_for_many_bad_steps(progress.skipped_in_a_row, learning_rate, checkpoints)
 
 
 def stop_for_many_bad_steps(number: int, learning_rate: float, checkpoints: Checkpoints) -> None:

@@ -162,7 +162,7 @@ def train_step(
         good &= (state.step < _SPIKES_AFTER) | (loss < recent + spike_nats)
         # a plain mean at first, so that it does not start at zero, also where the first steps were left out
         share = jnp.where(recent == 0, 1.0, jnp.maximum(1 - _MEMORY, 1 / (state.step + 1.0)))
-        state = state.replace(recent_loss=jnp.where(good, recent + share * (loss - recent), recent))
+        state = state.replace(recent_loss=recent + share * (loss - recent))  # that of a bad step is not kept, nor is the rest
     step = state.step + 1
     log = state.log_sums
     already = log["bad_step"]

@@ -33,7 +33,8 @@ from lm.training.progress import Progress
 from lm.training.step import TrainState, dropout_key, initial_state, joined, parted, skip_step, train_step
 
 _FACTS = {"splits": "text", "tokenizer_sha256": "tokenizer"}  # in words
-_NOT_IN_SHAPES = "architecture", "activation", "num_heads", "positions", "input_gate"  # of a model, and yet another function
+# Of a model, and yet another function. A window of attention may be another: a text can be longer than those it began with.
+_NOT_IN_SHAPES = "architecture", "activation", "num_heads", "positions", "input_gate", "skip_connections"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,9 @@ def _tokenizer_of(config):
 
 
 def train(draft: Config, workdir: str, listener: Listener | None = None) -> Trained:
-    """Trains a run to its end, from the start or from where it was interrupted; a finished run is left as it is.
+    """Trains a run to its end, from the start or from where it was interrupted.
+
+    A finished run is left as it is; only where its corpus and caches stand now is noted in its config.
 
     Several processes call this together; all must see the same folder.
 
@@ -211,7 +214,7 @@ def _count(draft, experiment, folder, checkpoints, listener):
         checkpoints.save(step, params, {"step": np.zeros((), np.int32) + step}, dataclasses.asdict(progress))
         checkpoints.wait()
     else:
-        folder.update_config(draft, experiment.config)
+        folder.note_places(draft)
     progress = Progress.from_json(checkpoints.progress(step))
     return Trained(step, step, progress.best_loss, tokens, progress.seconds)
 
@@ -229,9 +232,11 @@ def _train(draft, experiment, folder, checkpoints, listener):
             f"config.training.num_steps is {config.training.num_steps}, but {folder.path} has been trained for {step} steps; ask "
             "for at least as many, or use another --workdir"
         )
-    if step and processes.is_first():
-        folder.update_config(draft, config)
-    if step < config.training.num_steps and not progress.out_of_patience(config.training.early_stopping):
+    at_end = step == config.training.num_steps and progress.finished
+    if at_end or progress.out_of_patience(config.training.early_stopping):
+        if processes.is_first():
+            folder.note_places(draft)
+    else:
         _begin(draft, experiment, folder, device_summary(placement))
         listener.started(experiment, step)
         run = functools.partial(
@@ -259,7 +264,7 @@ def _train(draft, experiment, folder, checkpoints, listener):
                 progress.left_out = left_out
                 since = sum(left > step for left in left_out)
                 if since >= MOST_LEFT_OUT:
-                    stop_for_many_bad_steps(since, schedule(step), checkpoints)
+                    stop_for_many_bad_steps(since, schedule(step) * float(state.controls["learning_rate_scale"]), checkpoints)
                 listener.rolled_back(bad.step, step)
         progress = done
         checkpoints.wait()
