@@ -278,6 +278,30 @@ def test_choosing_a_checkpoint(tmp_path, warnings):
     assert checkpoints.choose("latest") == (3, "latest")
 
 
+def test_what_was_replaced_while_it_was_chosen_is_not_called_damaged(tmp_path, warnings, monkeypatch):
+    """By a run in training: whoever reads it tries again."""
+    checkpoints = Checkpoints(tmp_path)
+    save(tmp_path, 1, best=1)
+    for method, new in (("latest_sound", 2), ("damage", 9)):  # a new best; and when all that were listed are gone
+        with monkeypatch.context() as patch:
+
+            def replaced_first(*args, method=method, new=new):
+                patch.undo()
+                for step in range(new - 2, new + 1):
+                    save(tmp_path, max(step, 1), best=max(step, 1))
+                return getattr(checkpoints, method)(*args)
+
+            patch.setattr(checkpoints, method, replaced_first)
+            with pytest.raises(FileNotFoundError):
+                checkpoints.choose("best")
+        assert checkpoints.choose("best") == (new, "best")
+    assert warnings() == []
+    with refused("--step=² names no checkpoint"):
+        checkpoints.choose("²")
+    (tmp_path / "²").mkdir()
+    assert checkpoints.choose("latest") == (9, "latest")
+
+
 def test_a_disk_that_is_full_leaves_the_earlier_ones(tmp_path, monkeypatch):
     save(tmp_path, 1, 2)
     sealed = {path: path.read_bytes() for step in (1, 2) for path in files(tmp_path, step)}

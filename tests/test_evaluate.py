@@ -268,6 +268,14 @@ def test_bad_values_are_refused(lstm, tmp_path):
     for context in (0, -8):
         with refused(f"--context={context} must be at least 1"):
             evaluate_run(run, context=context)
+    with refused("score valid with the same flags first"):
+        evaluate_run(run, "test", context=5)
+    evaluate_run(run, "valid", context=5)
+    with refused("score valid with the same flags first"):
+        evaluate_run(run, "test", context=5, stride=2)
+    assert evaluate_run(run, "test", context=5)["name"] == "test.context-5-stride-1"
+    with refused("--data_path is set, but with --text nothing of the run's corpus is read"):
+        evaluate_run(run, text=str(tmp_path / "text.txt"), data_path=str(tmp_path))
     with refused(f"config.data.path '{tmp_path / 'x'}' does not exist"):
         evaluate_run(run, data_path=str(tmp_path / "x"))
     with refused("--data_path is set", "'python_docs'", "has no path"):

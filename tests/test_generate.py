@@ -158,6 +158,15 @@ def test_each_token_of_a_big_vocabulary_is_drawn_as_often_as_its_probability_say
     assert 0.7 < deviations.std() < 1.3
 
 
+def test_nothing_without_weight_is_drawn_however_the_sum_is_rounded(rng):
+    """XLA adds up many numbers in parallel, so that the sum moves where nothing is added."""
+    weights_BN = (rng.random((256, 700)) * (rng.random((256, 700)) < 0.3)).astype(np.float32)
+    sums_BN = np.asarray(jnp.cumsum(weights_BN, axis=-1))
+    for uniform_B in (*(sums_BN[:, ::7] / sums_BN[:, -1:]).T, np.full(256, np.nextafter(np.float32(1), np.float32(0)))):
+        found_B = np.asarray(generation._invert(weights_BN, np.minimum(uniform_B, np.nextafter(np.float32(1), np.float32(0)))))
+        assert (weights_BN[np.arange(256), found_B] > 0).all()
+
+
 def test_temperature_sharpens_and_flattens():
     for temperature in (0.5, 2.0):
         expected = PROBABILITIES ** (1 / temperature)

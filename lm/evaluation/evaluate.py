@@ -55,7 +55,8 @@ def evaluate_run(
       data_path: where the corpus stands now, if it has moved.
       context, stride: windows instead of what the config says; stride defaults to context // 4.
       progress: called with the tokens scored since the last call, and the tokens in all.
-      variant: a way of scoring whose settings were chosen on valid: test is refused until valid was scored with them.
+      variant: a way of scoring whose settings were chosen on valid. Test is refused until valid was scored with them, or in the
+        windows asked for here.
 
     Returns:
       What the JSON file holds; `stored` says whether it had been scored before.
@@ -65,13 +66,16 @@ def evaluate_run(
     """
     layout, ending = _layout(run, split, context, stride)
     layout, ending = dataclasses.replace(layout, segment=variant.segment(layout.segment)), ending + variant.ending
+    if text is not None and data_path is not None and not (variant.dynamic and variant.dynamic.rule == "rms"):
+        raise UserError("--data_path is set, but with --text nothing of the run's corpus is read; leave one out")
     if run.config.model.architecture == "transformer" and layout.context is None:
         run.model.initial_carry(1)  # raises its sentence before any text is read
     wanted = _protocol(run, split if text is None else _SPLIT_OF_TEXT, layout, variant)
     _check_variant(run, variant, layout)
     source = None if text is None else _source(run, split, text, data_path)
     is_test = split == "test" if text is None else source.size.sha256 == run.facts.get("splits", {}).get("test")
-    if is_test and variant != PLAIN and not _earlier(run, f"valid{ending}", {"protocol": wanted["protocol"]}):
+    is_plain = variant == PLAIN and (layout.context, layout.stride) == _of_config(run)
+    if is_test and not is_plain and not _earlier(run, f"valid{ending}", {"protocol": wanted["protocol"]}):
         raise UserError(
             "test is not for choosing how to score: score valid with the same flags first (--split=valid) and keep what is best"
         )
@@ -136,6 +140,11 @@ def _name_of_text(text, sha256):
     return f"{_SPLIT_OF_TEXT}-{sha256[:8]}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', pathlib.Path(text).name)}"
 
 
+def _of_config(run):
+    """Windows and their stride as the run's config asks for them."""
+    return run.config.evaluation.context, run.config.evaluation.stride
+
+
 def _layout(run, split, context, stride):
     """How to score, and what the name of a figure ends in: nothing, if it is the one that the run's config asks for."""
     if split not in sources.SPLITS:
@@ -150,7 +159,7 @@ def _layout(run, split, context, stride):
         if not 1 <= stride <= context:
             raise UserError(f"--stride={stride} must be at least 1 and at most --context={context}, or tokens would be left out")
     ending = "" if run.which == "best" else f".step-{run.step}"
-    if context is None or (context, stride) == (settings.context, settings.stride):
+    if context is None or (context, stride) == _of_config(run):
         return Layout(settings.context, settings.stride, settings.rows if settings.context else 1), ending
     return Layout(context, stride, settings.rows), f"{ending}.context-{context}-stride-{stride}"
 

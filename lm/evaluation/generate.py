@@ -83,9 +83,15 @@ def _draw_by_weights(weights_BV, key):
 
 
 def _invert(weights_BN, uniform_B):
-    """The first index up to which the weights add up to more than that share of them all: never one of weight 0."""
-    sums_BN = jnp.cumsum(weights_BN, axis=-1)
-    return jnp.argmax(sums_BN > (uniform_B * sums_BN[:, -1])[:, None], axis=-1).astype(jnp.int32)
+    """The first index up to which the weights add up to more than that share of them all: never one of weight 0.
+
+    The sum, made in parallel, may rise by a rounding where a weight is 0; or end below what it reached before, and a share
+    close to 1 may be rounded to all of it: then it is the last weight.
+    """
+    sums_BN, there_BN = jnp.cumsum(weights_BN, axis=-1), weights_BN > 0
+    passed_BN = (sums_BN > (uniform_B * sums_BN[:, -1])[:, None]) & there_BN
+    last_B = weights_BN.shape[-1] - 1 - jnp.argmax(there_BN[:, ::-1], axis=-1)
+    return jnp.where(passed_BN.any(axis=-1), jnp.argmax(passed_BN, axis=-1), last_B).astype(jnp.int32)
 
 
 def sample_tokens(model: LanguageModel, params, prompt_BT, num_tokens: int, sampling: Sampling, key) -> jax.Array:

@@ -59,7 +59,7 @@ class Checkpoints:
 
     def _numbered(self):
         """All that look like checkpoints: one without a manifest was being removed, or has lost it."""
-        return sorted(int(p.name) for p in self._folder.iterdir() if p.name.isdigit()) if self._folder.is_dir() else []
+        return sorted(int(p.name) for p in self._folder.iterdir() if _is_number(p.name)) if self._folder.is_dir() else []
 
     def save(self, step: int, params: Any, training: Any, progress: Mapping[str, Any]) -> None:
         """Saves a checkpoint in the background and drops those that are kept no longer.
@@ -148,11 +148,14 @@ class Checkpoints:
 
         Raises:
           UserError: there are checkpoints, but all are damaged.
+          FileNotFoundError: one was replaced meanwhile, by a run that is in training.
         """
-        reasons = []
-        for step in reversed(self._numbered()):
+        reasons, before = [], self._numbered()
+        for step in reversed(before):
             reason = self.damage(step)
-            if reason is None:
+            if reason is not None:
+                self._check_unchanged(before)
+            else:
                 for passed in reasons:
                     log.warning("%s; the latest sound one is of step %d", passed, step)
                 return step
@@ -160,6 +163,10 @@ class Checkpoints:
         if reasons:
             raise UserError(f"{'; '.join(reasons)}; there is no sound one to go on from: remove {self._folder} to train anew")
         return None
+
+    def _check_unchanged(self, before):
+        if self._numbered() != before:
+            raise FileNotFoundError(f"{self._folder} holds other checkpoints than a moment ago")
 
     def choose(self, which: str) -> tuple[int, str]:
         """The step that "best" (on valid), "latest" or a number names, undamaged.
@@ -169,22 +176,26 @@ class Checkpoints:
 
         Raises:
           UserError: no such checkpoint; the sentence lists those there are.
+          FileNotFoundError: they were replaced meanwhile, by a run that is in training.
         """
-        steps = self.steps()
-        if not self._numbered():
+        steps, before = self.steps(), self._numbered()
+        if not before:
             raise UserError(f"{self._folder.parent} has no checkpoint yet; train it first")
         if which == "latest":
             return self.latest_sound(), which
         if which == "best":
             latest = self.latest_sound()
             best = self.progress(latest)["best_step"]
-            if best is None or latest != self._numbered()[-1]:  # before the first look at valid; or a later one is damaged,
+            lost = best not in steps or self.damage(best)
+            if lost or latest != before[-1]:
+                self._check_unchanged(before)
+            if best is None or latest != before[-1]:  # before the first look at valid; or a later one is damaged,
                 return latest, "latest"  # and might have been better
-            if best not in steps or self.damage(best):
+            if lost:
                 log.warning("the best checkpoint (step %s) is missing or damaged; the latest one is of step %d", best, latest)
                 return latest, "latest"
             return best, which
-        if not which.isdigit() or int(which) not in steps:
+        if not _is_number(which) or int(which) not in steps:
             raise UserError(f"--step={which} names no checkpoint; there are best, latest, {', '.join(map(str, steps))}")
         reason = self.damage(int(which))
         if reason:
@@ -230,6 +241,10 @@ class Checkpoints:
                 return reader.restore(path, restore_args=whole)
         except Exception as error:  # orbax and tensorstore raise many kinds for files that are not theirs
             raise UserError(f"checkpoint {self._folder / str(step)} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _is_number(name):
+    return name.isascii() and name.isdigit()  # "²" is a digit as well
 
 
 def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
