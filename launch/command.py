@@ -155,7 +155,7 @@ def load_config(path: str, overrides: list[str]) -> Config:
     for override in overrides:
         _check_field(_dotted(override))
     overrides = list({_dotted(override): override for override in overrides}.values())  # of a field named twice, the last
-    given = [override for override in overrides if not override.lower().endswith("=none")]
+    given = [override for override in overrides if not _is_none(override)]
     values, argv = flags.FlagValues(), ["", *given]
     config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)
     try:
@@ -168,6 +168,11 @@ def load_config(path: str, overrides: list[str]) -> Config:
             *section, name = _dotted(override).split(".")
             setattr(getattr(config, section[0]) if section else config, name, None)
     return config
+
+
+def _is_none(override):
+    name, _, value = override.partition("=")
+    return name.startswith("--config.") and value.lower() == "none"
 
 
 def _get_config(file, *argument):

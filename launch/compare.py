@@ -39,7 +39,8 @@ def main(overrides):
                 f"{overrides[0].split('=')[0]} is set, but trained runs have configs of their own; it goes with --configs"
             )
         folders = {name: pathlib.Path(path) for name, path in _named(FLAGS.workdirs, "--workdirs", _of_folder).items()}
-    check_writable(pathlib.Path(FLAGS.workdir) / "report.md")  # now, not after hours of work
+    check_writable(pathlib.Path(FLAGS.workdir) / "report.md")  # now, not after hours of work, as all else that can be told now
+    _check_drafts(drafts)
     from launch import console
     from lm import backend
     from lm.evaluation.evaluate import evaluate_run
@@ -63,6 +64,22 @@ def main(overrides):
     report = write_report(folders, FLAGS.workdir, by_position, found)
     print(f"\n{found.table.text().rstrip()}\n\n{found.summary}\n\nreport with plots: {report}")
     return {"report": str(report), "best": found.best, "summary": found.summary}
+
+
+def _check_drafts(drafts):
+    """Raises a UserError if a config has a wrong value, or if they are of different texts, which cannot be compared."""
+    from lm.config import resolve
+    from lm.data import sources
+
+    texts = {}
+    for name, draft in drafts.items():
+        try:
+            data = resolve(draft).data
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        texts.setdefault(sources.load(data)["test"].size.sha256, name)
+    if len(texts) > 1:
+        raise UserError(f"{' and '.join(texts.values())} have different texts for test, so they cannot be compared")
 
 
 def _named(paths, flag, parts):

@@ -7,6 +7,7 @@ from typing import Any
 from launch.command import ProgressBar
 from lm import processes
 from lm.config import Config
+from lm.data.batches import batches
 from lm.errors import Preempted
 from lm.reporting.table import result
 from lm.training.train import Experiment, Listener, Trained, train
@@ -99,11 +100,10 @@ def describe(experiment: Experiment) -> str:
         return f"{model.ngram_order}-gram counts of {text}"
     widths = "+".join(map(str, model.layer_dims)) if model.layer_dims else f"{model.num_layers} × {model.hidden_dim}"
     widths += f", mlp {model.mlp_dim}" if model.mlp_dim else ""
-    data, num_steps = config.data, config.training.num_steps
-    tokens = num_steps * data.batch_size * data.seq_len
-    shape = f"{data.batch_size} × {'about ' if data.seq_len_std is not None else ''}{data.seq_len} tokens"
-    own = data.mixture_weights[0] if data.mixture else 1.0  # of a mixture, the epochs of the config's own text
-    epochs = tokens * own / len(train.tokens)
+    data, num_steps, source = config.data, config.training.num_steps, batches(config, train, experiment.mixture)
+    up_to = "about " if data.seq_len_std is not None else "up to " if data.order == "padded" else ""
+    shape = f"{data.batch_size} × {up_to}{data.seq_len} tokens"
+    tokens, epochs = float(num_steps * source.tokens_per_step), float(num_steps / source.steps_per_epoch)
     return (
         f"{model.architecture} ({widths}; {experiment.facts['num_params']:,} parameters) on {text}; "
         f"{num_steps:,} steps of {shape} = {tokens / 1e6:.2f}M, {epochs:.1f} epochs"

@@ -30,14 +30,14 @@ def main(overrides):
             raise UserError(f"--{name} is set without --workdir, where rows are trained; give that too, or leave it out")
     command.check_data_path(FLAGS.data_path)
     from lm.files import check_writable
-    from lm.reporting.results import is_scored, read_kept, write_page
+    from lm.reporting.results import is_scored, read_kept, rows_by_path, write_page
 
     folder = pathlib.Path(FLAGS.folder)
     if not FLAGS.workdir and not folder.is_dir():
         raise UserError(f"--folder={folder} does not exist: give the folder of kept runs, or --workdir too, to train them for it")
     check_writable(folder / "README.md")
     opening, sections = _tables()
-    rows = {row.path: row for section in sections for row in section.rows}
+    rows = rows_by_path(sections)
     if not any(FLAGS.only in path for path in rows):
         raise UserError(f"--only={FLAGS.only} is in the path of no row; there are {', '.join(rows)}")
     root, runs = pathlib.Path(__file__).parent.parent, {}
@@ -75,10 +75,15 @@ def _tables():
     try:
         found = runpy.run_path(FLAGS.tables)
         opening, sections = found["OPENING"], found["SECTIONS"]
-    except (OSError, SyntaxError) as error:
+    except UserError as error:
+        raise UserError(f"--tables={FLAGS.tables}: {error}") from None
+    except OSError as error:
         raise UserError(f"--tables={FLAGS.tables} cannot be read: {error}") from None
-    except KeyError as error:
-        raise UserError(f"--tables={FLAGS.tables} has no {error.args[0]}; configs/_results.py shows what belongs there") from None
+    except Exception as error:  # it is a program; whatever is wrong with it is told in its own words
+        raise UserError(
+            f"--tables={FLAGS.tables}: {type(error).__name__}: {' '.join(str(error).split())}; configs/_results.py shows what "
+            "belongs there"
+        ) from None
     if not isinstance(opening, str) or not isinstance(sections, tuple) or not all(isinstance(one, Section) for one in sections):
         raise UserError(f"--tables={FLAGS.tables}: OPENING must be text, SECTIONS a tuple of Section; see configs/_results.py")
     return opening, sections
@@ -87,7 +92,7 @@ def _tables():
 def _run_missing(drafts, folder):
     from lm.reporting.results import keep, run_path
 
-    corpora = sorted({draft.data.path for _, _, draft in drafts})
+    corpora = sorted({draft.data.path or draft.data.source for _, _, draft in drafts})
     if FLAGS.data_path and len(corpora) > 1:
         raise UserError(
             f"--data_path is one corpus, but the rows to run are of {', '.join(corpora)}; pick those of one with --only, "

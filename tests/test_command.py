@@ -68,6 +68,8 @@ def test_a_config_file_with_overrides(file):
     config = load_config(file(GOOD), [])
     assert (config.model.hidden_dim, config.training.num_steps, config.seed) == (8, 7, 0)
     assert load_config(file(GOOD) + ":12", []).training.num_steps == 12
+    assert load_config(file(GOOD), ["--config.data.path=/x=none"]).data.path == "/x=none"
+    assert load_config(file(GOOD), ["--config.data.path=None"]).data.path is None
     overrides = {
         "--config.seed=3": ("", "seed", 3),
         "--config.model.num_layers=3": ("model", "num_layers", 3),
@@ -259,6 +261,8 @@ def workplace(tmp_path_factory):
     corpus = write_corpus(folder / "corpus", train=60, valid=10, test=10)
     config_file(folder / "ngram.py", draft(corpus, "ngram", model__ngram_order=2))
     config_file(folder / "lstm.py", draft(corpus, "lstm"))
+    config_file(folder / "wrong.py", draft(corpus, "lstm", optimizer__plateau_patience=2))
+    config_file(folder / "other.py", draft(write_corpus(folder / "other text", train=60, valid=10, test=10, seed=9), "lstm"))
     untrained_run(draft(corpus, "ngram", model__ngram_order=2), folder / "counted")
     (folder / "file").write_text("in the way")
     (folder / "empty").mkdir()
@@ -310,6 +314,8 @@ BAD = [
     ("compare --configs={w}/lstm.py, --workdir={w}/x", ["--configs={w}/lstm.py, has nothing before or behind a comma"]),
     ("compare --workdirs={w}/run --workdir={w}/lstm.py", ["{w}/lstm.py/report.md cannot be written"]),
     ("compare --configs={w}/lstm.py,{w}/nowhere.py --workdir={w}/x", ["--config={w}/nowhere.py is not a file"]),
+    ("compare --configs={w}/lstm.py,{w}/wrong.py --workdir={w}/x", ["wrong: config.optimizer.plateau_patience is set"]),
+    ("compare --configs={w}/lstm.py,{w}/other.py --workdir={w}/x", ["lstm and other have different texts for test"]),
     ("compare --workdirs={w}/counted,{w}/empty --workdir={w}/x", ["{w}/empty holds no run"]),
     ("compare --workdirs={w}/counted --workdir={w}/x --config.seed=3", ["--config.seed is set", "--configs"]),
     ("compare --configs={w}/lstm.py --workdir={w}/x --position_context=0", ["--position_context=0", "at least 1"]),

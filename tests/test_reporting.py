@@ -93,6 +93,10 @@ def test_read_run_keeps_what_the_files_say(tmp_path):
     assert run.token_scores("test").nll_N.shape == (2000,)
 
 
+def edit(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -102,6 +106,7 @@ def test_read_run_keeps_what_the_files_say(tmp_path):
         (lambda run: [path.unlink() for path in run.glob("evaluation/*")], ["not evaluated yet", "launch.evaluate"]),
         (lambda run: (run / "evaluation/test.json").write_text("[]"), ["test.json", "damaged"]),
         (lambda run: (run / "evaluation/test.json").write_text('{"protocol": {}}'), ["test.json", "loss", "protocol.context"]),
+        (lambda run: edit(run / "evaluation/test.json", protocol=None), ["test.json", "lacks protocol.context"]),
         (lambda run: (run / "metrics.jsonl").write_text('{"step": 1}\n{}\n'), ["metrics.jsonl", "line 1"]),
     ],
 )

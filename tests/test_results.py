@@ -221,6 +221,17 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path):
     for kind in ("parts", "published"):
         with refused("cannot be compared on test: text_sha256"):
             write_page(tmp_path / "mixed", "", [Section("Mixed", "", kind, rows)], found)
+    (tmp_path / "mixed").mkdir()
+    for split in ("valid", "test"):  # the same text in other tokens
+        scored = read_json(kept / "evaluation" / f"{split}.json", "")
+        tokenizer = {**scored["tokenizer"], "sha256": "another"}
+        write_json(other / "evaluation" / f"{split}.json", {**scored, "tokenizer": tokenizer, "tokens": 7})
+    found["a/part"] = [read_run(other)]
+    for kind in ("parts", "published"):
+        with refused("the rows of 'Mixed' have different tokenizers, whose perplexity does not compare"):
+            write_page(tmp_path / "mixed", "", [Section("Mixed", "", kind, rows)], found)
+    text = write_page(tmp_path / "mixed", "", [Section("Mixed", "", "equal", rows)], found).read_text()
+    assert "At equal training time" not in text and "![Valid bits per byte against" in text and "valid perplexity" not in text
 
     asks_last = Row("a/lstm", "LSTM", "lstm.py", last_epoch=True)
     assert is_scored(read_run(kept), asks_last)
@@ -232,7 +243,8 @@ def test_what_is_kept_of_runs_is_on_the_page(tmp_path):
 def test_only_what_a_row_asks_for_is_kept(tmp_path):
     config = draft(write_corpus(tmp_path / "corpus"), "ngram")
     workdir = untrained_run(config, tmp_path / "run")
-    for options in (dict(split="valid"), dict(split="test"), dict(split="test", context=8)):
+    windows = [dict(split=split, context=8) for split in ("valid", "test")]
+    for options in (dict(split="valid"), dict(split="test"), *windows):
         evaluate_run(open_run(str(workdir)), **options)
     keep(workdir, tmp_path / "kept", Row("a/ngram", "n-gram", "ngram.py"), config)
     assert {path.name for path in (tmp_path / "kept" / "evaluation").iterdir()} == {"valid.json", "test.json"}
@@ -269,6 +281,14 @@ def test_a_peer_stands_where_a_paper_does(tmp_path):
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
     (tmp_path / "empty.py").write_text("OPENING = ''\n")
     (tmp_path / "rows.py").write_text("OPENING, SECTIONS = '', ('a row',)\n")
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+    section = "from lm.reporting.results import Row, Section\nOPENING = ''\nSECTIONS = (Section('T', '', {kind!r}, {rows}),)\n"
+    (tmp_path / "kind.py").write_text(section.format(kind="sorted", rows="()"))
+    (tmp_path / "twice.py").write_text(section.format(kind="equal", rows="(Row('a', 'A', 'a.py'), Row('a', 'B', 'b.py'))"))
+    both = ["configs/compare/lstm.py", "configs/ptb/small/lstm.py"]
+    (tmp_path / "both.py").write_text(
+        section.format(kind="equal", rows=f"tuple(Row(path, path, path) for path in {both})").replace("'T'", "'Both'")
+    )
     (tmp_path / "results").mkdir()
     folder = f"--folder={tmp_path / 'results'}"
     calls = {
@@ -286,7 +306,16 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
             f"--workdir={tmp_path / 'runs'}",
             f"--data_path={tmp_path}",
         ],
-        "empty.py has no SECTIONS; configs/_results.py shows": [folder, f"--tables={tmp_path / 'empty.py'}"],
+        "broken.py: ModuleNotFoundError: No module named 'nothing_of_that_name'": [folder, f"--tables={tmp_path / 'broken.py'}"],
+        "kind.py: section 'T' has kind 'sorted'; there are published, equal": [folder, f"--tables={tmp_path / 'kind.py'}"],
+        "two rows have the path 'a', but not the same config": [folder, f"--tables={tmp_path / 'twice.py'}"],
+        "the rows to run are of data/ptb, python_docs": [
+            folder,
+            f"--tables={tmp_path / 'both.py'}",
+            f"--workdir={tmp_path / 'runs'}",
+            f"--data_path={tmp_path}",
+        ],
+        "empty.py: KeyError: 'SECTIONS'; configs/_results.py shows": [folder, f"--tables={tmp_path / 'empty.py'}"],
         "rows.py: OPENING must be text, SECTIONS a tuple of Section;": [folder, f"--tables={tmp_path / 'rows.py'}"],
         "absent.py cannot be read": [folder, f"--tables={tmp_path / 'absent.py'}"],
     }

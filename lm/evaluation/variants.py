@@ -21,6 +21,7 @@ _SAMPLES_AT_ONCE = 16
 _RMS_ROWS = 100  # as in the code of Krause et al.
 _LEARNING_RATES = {"rms": 5e-5, "sgd": 0.3}
 _EPSILON = 2e-5
+_LONGEST = 1_000_000  # a cache, of whose tokens all hidden states are held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Variant:
             ("dynamic_decay", dynamic.decay, 0 <= dynamic.decay <= 1, "between 0 and 1"),
             ("dynamic_epsilon", dynamic.epsilon, dynamic.epsilon is None or dynamic.epsilon > 0, "above 0"),
             ("dynamic_segment", dynamic.segment, dynamic.segment >= 1, "at least 1"),
-            ("cache_window", cache.window, cache.window >= 1, "at least 1"),
+            ("cache_window", cache.window, 1 <= cache.window <= _LONGEST, f"at least 1 and at most {_LONGEST:,}"),
             ("cache_flatness", cache.flatness, cache.flatness >= 0, "at least 0"),
             ("cache_share", cache.share, 0 <= cache.share < 1, "at least 0 and below 1"),
         ):

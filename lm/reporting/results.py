@@ -20,6 +20,7 @@ from lm.reporting.runs import Run, read_run
 from lm.reporting.table import MISSING, Table, comparison_table, duration, figures, parameters, place, result, scored_context
 
 NOT_YET_RUN = "not yet run"
+_MEASURES = "perplexity", "bits per character"
 
 
 class Published(typing.NamedTuple):
@@ -65,6 +66,9 @@ class Section:
       kind: "published", beside the papers' figures; "equal", models that share parameters and tokens, with their learning
         curves; "parts", the first row whole and the others without one part each.
       measure: "perplexity" or "bits per character".
+
+    Raises:
+      UserError: another kind or measure.
     """
 
     title: str
@@ -72,6 +76,26 @@ class Section:
     kind: str
     rows: tuple[Row, ...]
     measure: str = "perplexity"
+
+    def __post_init__(self):
+        for name, value, known in (("kind", self.kind, _TABLES), ("measure", self.measure, _MEASURES)):
+            if value not in known:
+                raise UserError(f"section {self.title!r} has {name} {value!r}; there are {', '.join(known)}")
+
+
+def rows_by_path(sections: Sequence[Section]) -> dict[str, Row]:
+    """All rows; one that stands in several sections, maybe under other names, once.
+
+    Raises:
+      UserError: two rows of one path that are not the same runs.
+    """
+    found: dict[str, Row] = {}
+    for row in (row for section in sections for row in section.rows):
+        other = dataclasses.replace(found.get(row.path, row), name=row.name, published=row.published)
+        if row != other:
+            raise UserError(f"two rows have the path {row.path!r}, but not the same config, overrides, seeds and ways of scoring")
+        found[row.path] = row
+    return found
 
 
 def run_path(folder: pathlib.Path, row: Row, seed: int) -> pathlib.Path:
@@ -153,8 +177,9 @@ def write_page(
         first = [found[row.path][0] for row in section.rows if found[row.path]]
         if section.kind == "equal" and first:
             plot = f"{re.sub(r'[^a-z0-9]+', '_', section.title.lower()).strip('_')}.png"
-            learning_curves(first, "perplexity").savefig(folder / plot, dpi=120)
-            lines += [f"![Valid perplexity against tokens seen and against training time]({plot})", ""]
+            measure = "perplexity" if check_comparable(first, "test") else "bits_per_byte"
+            learning_curves(first, measure).savefig(folder / plot, dpi=120)
+            lines += [f"![Valid {_words(measure)} against tokens seen and against training time]({plot})", ""]
     write_atomically(folder / "README.md", "\n".join(lines).rstrip() + "\n")
     return folder / "README.md"
 
@@ -248,7 +273,7 @@ def _equal(section, runs):
     missing = [row.name for row in section.rows if not runs[row.path]]
     said = [f"Not yet run: {', '.join(missing)}."] if missing else []
     trained = [run for run in there if run.valid_lines]  # n-grams are not
-    if len(trained) > 1 and len({place(run.environment) for run in trained}) == 1:
+    if len(trained) > 1 and check_comparable(trained, "test") and len({place(run.environment) for run in trained}) == 1:
         said = [_at_equal_time(trained), *(["", *said] if said else [])]
     return [*lines, *([""] if lines and said else []), *said]
 
@@ -286,10 +311,14 @@ def _parts(section, runs):
 
 
 def _check_one_text(section, runs):
-    """Raises a UserError if rows, or seeds of one, were scored on another text or in another way."""
+    """Raises a UserError if rows, or seeds of one, were scored on another text, in other tokens or in another way."""
     named = [dataclasses.replace(run, name=f"{row.path}/{run.name}") for row in section.rows for run in runs[row.path]]
     for split in ("valid", "test"):
-        check_comparable(named, split)
+        if not check_comparable(named, split):
+            raise UserError(
+                f"the rows of {section.title!r} have different tokenizers, whose {section.measure} does not compare; make a "
+                "section of each tokenizer, or one of kind 'equal', which falls back on bits per byte"
+            )
 
 
 _TABLES = {"published": _published, "equal": _equal, "parts": _parts}

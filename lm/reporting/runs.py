@@ -98,7 +98,8 @@ def _read_evaluation(path):
     figures = read_json(path, f"{path} is gone")
     absent = [field for field in (*_FIGURES, *_RECORDS) if field not in figures]
     for record, fields in _RECORDS.items():
-        absent += [f"{record}.{field}" for field in fields if record not in absent and field not in figures[record]]
+        held = figures.get(record, dict.fromkeys(fields))
+        absent += [f"{record}.{field}" for field in fields if not isinstance(held, dict) or field not in held]
     if absent:
         raise UserError(f"{path} is damaged: it lacks {', '.join(absent)}")
     return figures

@@ -68,7 +68,7 @@ class _Column(typing.NamedTuple):
 def figures(run: Run) -> dict:
     """The raw values behind a run's row: counts, seconds, and the figures of valid and test; None where there is none.
 
-    tokens_per_second is the median of the log lines, so the compilation in the first one does not count.
+    tokens_per_second is the median of the log lines: with three or more, the compilation in the first one does not count.
     """
     valid, test = run.evaluations.get("valid"), run.evaluation("test")
     speeds = [line["tokens_per_second"] for line in run.train_lines if line.get("tokens_per_second") is not None]

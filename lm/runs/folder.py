@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """The files of one run (`--workdir`). Reading needs nothing more; writing goes inside `with folder.locked():`."""
+    """The files of one run (`--workdir`). Reading needs nothing more; training writes inside `with folder.locked():`."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
