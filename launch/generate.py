@@ -1,6 +1,7 @@
 """Samples text from a trained run: python -m launch.generate --workdir=runs/lstm --prompt="Return the"
 
-The text is drawn token by token through the model's carry; it ends at the end of a document or after --num_tokens.
+The text is drawn token by token through the model's carry; it ends at the end of a document or after --num_tokens; a
+model of words, each of whose lines ends like a document, always goes on to --num_tokens.
 """
 
 from absl import flags

@@ -26,18 +26,21 @@ def main(overrides):
     draft = command.load_config(FLAGS.config, overrides)
     from lm.benchmark.plan import MACHINES, plans
     from lm.config import resolve
+    from lm.data.tokenizers import ByteTokenizer
     from lm.models.build import count_params, solve_widths
 
-    vocab_size = FLAGS.vocab_size or draft.data.vocab_size
+    config, machine = resolve(draft), MACHINES[FLAGS.device]
+    vocab_size = (
+        FLAGS.vocab_size or config.data.vocab_size or (ByteTokenizer.vocab_size if config.data.tokenizer == "byte" else None)
+    )
     if vocab_size is None:
         raise UserError("the text decides how large the vocabulary is, and a plan reads none: give --vocab_size")
-    config, machine = solve_widths(resolve(draft), vocab_size), MACHINES[FLAGS.device]
-    num_devices = math.prod(config.mesh_shape) if config.mesh_shape else FLAGS.num_devices
+    config = solve_widths(config, vocab_size)
+    asked = math.prod(config.mesh_shape) if config.mesh_shape else config.num_devices
+    num_devices = asked or FLAGS.num_devices
     if FLAGS["num_devices"].present and FLAGS.num_devices != num_devices:
-        raise UserError(
-            f"--num_devices={FLAGS.num_devices} is set, but config.mesh_shape {config.mesh_shape} takes {num_devices}; leave one "
-            "out"
-        )
+        field = f"mesh_shape {config.mesh_shape}" if config.mesh_shape else "num_devices"
+        raise UserError(f"--num_devices={FLAGS.num_devices} is set, but config.{field} takes {num_devices}; leave one out")
     found = plans(config, vocab_size, num_devices, machine)
     num_params = count_params(config, vocab_size)
     print(

@@ -21,7 +21,7 @@ flags.DEFINE_string("config", None, "a config file, such as configs/ptb/zaremba_
 flags.DEFINE_string("folder", None, "where the shards are written; made if need be")
 flags.DEFINE_string("tokenizer", None, "use this tokenizer.json (of a run or another such folder) and train none")
 flags.DEFINE_integer("workers", None, "processes that tokenise [one for each core]", lower_bound=1)
-flags.DEFINE_integer("shard_mib", 32, "MiB of text in each shard, about", lower_bound=1)
+flags.DEFINE_integer("shard_mib", 32, "MiB of text in each shard, about", lower_bound=1, upper_bound=1 << 20)
 flags.DEFINE_integer("num_processes", 1, "how many share the work, usually one on each host", lower_bound=1)
 flags.DEFINE_integer("process_id", 0, "which of them this is, from 0", lower_bound=0)
 

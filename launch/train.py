@@ -40,11 +40,16 @@ def main(overrides):
     from lm.config import resolve
     from lm.evaluation.perplexity import perplexity
     from lm.reporting import table
+    from lm.runs.checkpoint import Checkpoints
+    from lm.runs.folder import RunFolder
     from lm.training.train import Listener, prepare, step_memory, train
 
     backend.start()
     if FLAGS.dry_run:
-        experiment = prepare(draft)
+        folder = RunFolder(FLAGS.workdir) if FLAGS.workdir else None
+        experiment = prepare(draft, folder)
+        if folder is not None:
+            folder.check_same_experiment(experiment.config, experiment.facts)
         settings, memory = experiment.config, None
         if settings.model.architecture != "ngram":
             placement = parallel.place(settings)
@@ -56,6 +61,9 @@ def main(overrides):
                 f"takes {memory['peak'] / 2**20:,.1f} MiB of each, {memory['state'] / 2**20:,.1f} MiB of it the state"
             )
         print(f"would train {console.describe(experiment)}")
+        done = Checkpoints(folder.checkpoints).steps() if folder is not None else []
+        if done:
+            print(f"{FLAGS.workdir} has been trained for {done[-1]:,} steps, where it would go on")
         return {"config": FLAGS.config, **experiment.facts, "bytes_per_device": memory}
     if not processes.is_first():
         try:

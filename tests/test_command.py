@@ -380,8 +380,12 @@ def test_verbs_write_their_result_for_a_program(workplace, tmp_path):
         f"launch.train --config={workplace}/ngram.py --workdir={tmp_path}/run --json={tmp_path}/train.json",
         f"launch.evaluate --workdir={tmp_path}/run --split=valid --json={tmp_path}/deep/evaluate.json",
         f"launch.train --config={workplace}/lstm.py --dry_run --json={tmp_path}/dry.json",
+        f"launch.train --config={workplace}/ngram.py --dry_run --workdir={tmp_path}/run",
+        f"launch.train --config={workplace}/ngram.py --dry_run --workdir={tmp_path}/run --config.model.ngram_order=3",
     ]
-    results = call_verbs([call.split() for call in calls], tmp_path / "out")
+    *results, begun, another = call_verbs([call.split() for call in calls], tmp_path / "out")
+    assert begun.code == 0 and f"{tmp_path}/run has been trained for 1 steps, where it would go on" in begun.out
+    assert another.code == 1 and "model.ngram_order: 2 then, 3 now" in another.err
     assert [done.code for done in results] == [0, 0, 0], results
     assert all(done.err == "" and done.out for done in results)
 

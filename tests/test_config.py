@@ -153,7 +153,12 @@ WRONG = [
     (dict(data__tokenizer="char", data__min_count=2), ["config.data.min_count is set", "'char'", "belongs to word"]),
     (dict(data__vocab_size=257), ["config.data.vocab_size is 257", "subword", "at least 258"]),
     (dict(data__tokenizer="word", data__vocab_size=2), ["config.data.vocab_size is 2", "word", "at least 3"]),
+    (dict(data__seq_len=8, data__seq_len_std=5.0), ["config.data.seq_len_std is 5.0", "half of config.data.seq_len, 8"]),
     # optimisation, training, evaluation
+    (dict(optimizer__learning_rate=10**400), ["config.optimizer.learning_rate is 1000", "a finite number"]),
+    (dict(optimizer__learning_rate=float("nan")), ["config.optimizer.learning_rate is nan", "a finite number"]),
+    (dict(seed=10**400), ["config.seed is 1000", "below 4294967296"]),
+    (dict(training__num_steps=2**31), ["config.training.num_steps is 2147483648", "below 2147483648"]),
     (dict(optimizer__clip_value=0.1), ["config.optimizer.clip_norm and config.optimizer.clip_value", "other to None"]),
     (dict(optimizer__final_fraction=0.1), ["config.optimizer.final_fraction is set", "'constant'", "belongs to cosine"]),
     (dict(optimizer__schedule="cosine", optimizer__decay_factor=0.5), ["optimizer.decay_factor is set", "step, plateau"]),

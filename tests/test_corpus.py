@@ -1,5 +1,6 @@
 """lm.data.corpus: how many tokens a text has, the cache on disk, and what happens when it is damaged or cannot be written."""
 
+import dataclasses
 import json
 import shutil
 
@@ -126,12 +127,12 @@ def test_a_damaged_copy_is_made_again(how, tmp_path):
 def test_a_copy_that_another_process_has_just_finished_stays(tmp_path, monkeypatch):
     split, make = open_text("abba\n"), corpus.token_ids
 
-    def overtaken(split, tokenizer):
+    def overtaken(read, tokenizer):
         monkeypatch.setattr(corpus, "token_ids", make)
         tokenise(split, tokenizer, tmp_path)
         (theirs,) = tmp_path.glob("tokens-*/tokens.bin")
         written.append(theirs.stat())
-        return make(split, tokenizer)
+        return make(read, tokenizer)
 
     written = []
     monkeypatch.setattr(corpus, "token_ids", overtaken)
@@ -157,6 +158,22 @@ def test_a_text_that_breaks_off_leaves_no_copy(tmp_path):
     with refused("not UTF-8", "line 2"):
         tokenise(split, CHAR, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_text_that_changes_while_it_is_read_leaves_no_copy(closed, tmp_path):
+    """Or its tokens would be found as those of the text that was there before."""
+    (tmp_path / "text.txt").write_text("ab\nab\n")
+    split = dataclasses.replace(sources.text_file(tmp_path / "text.txt"), closed=closed)
+    assert split.size.num_bytes == 6
+    (tmp_path / "text.txt").write_text("ab\nbb\n")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with refused("text.txt was changed while it was read"):
+        tokenise(split, CHAR, cache)
+    assert not list(cache.iterdir())
+    (tmp_path / "text.txt").write_text("ab\nab\n")
+    assert len(tokenise(split, CHAR, cache).tokens) == 6 + closed
 
 
 def test_ids_beyond_the_vocabulary_are_refused():

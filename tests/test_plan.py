@@ -170,18 +170,27 @@ def test_the_verb(tmp_path):
     calls = [
         [*named, "--device=v5p", "--num_devices=4", f"--json={tmp_path / 'plan.json'}"],
         [*named, "--config.parallelism=sharded", "--config.mesh_shape=(1,4,2)"],
-        [*named, "--config.data.vocab_size=none"],
+        [*named, "--config.data.tokenizer=byte", "--config.data.vocab_size=none", "--config.num_devices=4"],
+        [*named, "--config.data.tokenizer=word", "--config.data.vocab_size=none"],
+        [*named, "--num_devices=8", "--config.num_devices=4"],
         ["launch.plan"],
         [*named, "--num_devices=4", "--config.parallelism=sharded", "--config.mesh_shape=(1,4,2)"],
         [*named, "--config.parallelism=sharded", "--config.mesh_shape=(1,3,1)"],
     ]
-    good, one_mesh, *bad = call_verbs(calls, tmp_path / "calls")
+    good, one_mesh, of_bytes, *bad = call_verbs(calls, tmp_path / "calls")
     assert one_mesh.code == 0 and "8 × H100" in one_mesh.out and one_mesh.out.count("| 1 × 4 × 2 |") == 1, one_mesh.err
+    assert of_bytes.code == 0 and "4 × H100" in of_bytes.out, of_bytes.err
     assert one_mesh.out.count(" × 2 |") == 1  # of meshes
     assert good.code == 0 and "4 × TPU v5p" in good.out and "per device on the first mesh" in good.out, good.err
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["plans"][0]["mesh_shape"] and written["device"] == "TPU v5p"
-    sentences = "--vocab_size", "--config is missing", "takes 8; leave one", "mesh_shape (1, 3, 1) does not divide"
+    sentences = (
+        "--vocab_size",
+        "config.num_devices takes 4; leave one",
+        "--config is missing",
+        "takes 8; leave one",
+        "mesh_shape (1, 3, 1) does not divide",
+    )
     for done, sentence in zip(bad, sentences, strict=True):
         assert done.code == 1 and sentence in done.err and "Traceback" not in done.err
 

@@ -216,7 +216,7 @@ def test_what_is_damaged_is_made_again_and_nothing_else(how, tmp_path, here):
     elif how == "facts missing":
         facts.unlink()
     elif how == "another text":
-        facts.write_text(facts.read_text().replace("bytes, changed", "bytes, changed on"))
+        facts.write_text(json.dumps({**json.loads(facts.read_text()), "key": "another"}))
     if how in ("flipped", "truncated", "missing"):
         with refused(str(victim), "run launch.prepare_data again"):
             prepare_experiment(changed(config, data__prepared=str(folder)))
@@ -227,6 +227,27 @@ def test_what_is_damaged_is_made_again_and_nothing_else(how, tmp_path, here):
     assert contents(folder) == before
     assert {path: path.stat().st_mtime_ns for path in others} == others
     assert victim.stat().st_mtime_ns != victim_before
+
+
+def test_the_text_counts_not_when_its_file_was_written(tmp_path, here):
+    """Hosts with copies of their own make one folder; and a text of the same size and date is another text."""
+    text, folder = write_corpus(tmp_path / "text"), tmp_path / "prepared"
+    copy = shutil.copytree(text, tmp_path / "copy")
+    for path in copy.glob("*.txt"):
+        os.utime(path, (1e9, 1e9))
+    assert prepare(draft(text), folder, Job(num_processes=2), shard_bytes=2000).missing > 0
+    assert prepare(draft(copy), folder, Job(num_processes=2, process_id=1), shard_bytes=2000).missing == 0
+
+    test = text / "test.txt"
+    date, content = test.stat().st_mtime_ns, test.read_text()
+    test.write_text(content[::-1])
+    os.utime(test, ns=(date, date))
+    prepare(draft(text), folder, Job(), shard_bytes=2000)
+    found, _ = shards.read(folder, "prepared")
+    made_by = tokenizers.load(folder / "tokenizer.json")
+    np.testing.assert_array_equal(np.asarray(found["test"].tokens()), tokenizers.encode(made_by, content[::-1]))
+    bare = changed(draft(text), data__path=None, data__prepared=str(folder))
+    assert sources.load(resolve(bare).data)["test"].size.num_bytes == len(content)  # the text itself is not needed any more
 
 
 def test_another_text_needs_another_folder_or_the_old_tokenizer_by_name(tmp_path, here):
@@ -255,6 +276,8 @@ def test_bad_input_is_one_sentence(tmp_path, here):
         prepare(config, folder, Job(), shard_bytes=3000)
     with refused("was begun with tokenizer = 'char', but it is 'byte' now"):
         prepare(changed(draft(text), data__tokenizer="byte"), folder, Job(), shard_bytes=2000, tokenizer=None)
+    with refused("config.data.prepared is set"):
+        total_bytes(changed(draft(text), data__prepared=str(tmp_path / "nowhere")), Job())
     with refused("config.data.prepared is set"):
         prepare(changed(draft(text), data__prepared=str(folder)), tmp_path / "other", Job())
     with refused("is a char tokenizer, but config.data.tokenizer is 'byte'"):

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import time
 from unittest import mock
 
@@ -113,6 +114,23 @@ def test_what_cannot_be_read_is_told_at_once(files, prepared, tmp_path, monkeypa
     assert time.perf_counter() - begun < 30  # no waiting for a network
     with refused("is there already"):
         prepare_text_files({"train": files / "train.txt"}, prepared.parent.parent)
+
+
+def test_damaged_files_are_told_and_never_read_as_text(files, prepared, tmp_path, monkeypatch):
+    for number, (name, content) in enumerate([("dataset_info.json", "{"), ("dataset_info.json", "{}"), ("features.json", "?")]):
+        broken = shutil.copytree(prepared, tmp_path / str(number) / "1.0.0")
+        (broken / name).write_text(content)
+        with refused("cannot be opened as a dataset", "prepare it anew"):
+            sources.load(config(files, broken).data)
+    broken = shutil.copytree(prepared, tmp_path / "shard" / "1.0.0")
+    for path in broken.glob("*train*array_record*"):
+        path.write_bytes(b"?" * len(path.read_bytes()))
+    with refused("text_files/1.0.0/train cannot be read", "prepare it anew"):
+        list(tfds_text.load(config(files, broken).data)["train"]())
+    examples = tfds_text.load(config(files, prepared).data)["train"]
+    monkeypatch.setattr(type(examples._source), "__getitems__", lambda self, indices: [{"text": None} for _ in indices])
+    with refused("example 0 of text_files/1.0.0/train cannot be read"):  # as of a shard that was cut short
+        list(examples())
 
 
 def test_a_dataset_without_valid_says_how_to_cut_one(files, tmp_path):

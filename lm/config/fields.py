@@ -248,7 +248,7 @@ class OptimizerConfig(Section):
 @dataclasses.dataclass(eq=False)
 class TrainingConfig(Section):
     _section: typing.ClassVar = "training"
-    num_steps: int = setting(1000, "updates in all", at_least=1, resumable=True)
+    num_steps: int = setting(1000, "updates in all", at_least=1, below=2**31, resumable=True)
     num_micro_batches: int = setting(1, "parts that a step's rows are cut into, their gradients added", at_least=1)
     label_smoothing: float = setting(0.0, "share of the target spread over the vocabulary (objective only)", at_least=0, below=1)
     activation_penalty: float | None = setting(

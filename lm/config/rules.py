@@ -267,7 +267,7 @@ def _resolve_dependent(section, table):
 
 
 def _resolve_data(data):
-    if data.source == "text" and not data.path:
+    if data.source == "text" and not data.path and not data.prepared:
         raise UserError("config.data.source is 'text', but config.data.path is not set: give a folder or a file")
     if data.source == "tfds" and not (data.path or data.dataset):
         raise UserError("config.data.source is 'tfds', but neither config.data.dataset nor config.data.path says which dataset")
@@ -295,6 +295,11 @@ def _resolve_data(data):
         raise UserError(
             "config.data.seq_len_std is set, but only steps of one stream can differ in length; set config.data.order='stream' "
             "and no config.data.mixture, or leave it open"
+        )
+    if data.seq_len_std is not None and data.seq_len_std > data.seq_len / 2:
+        raise UserError(
+            f"config.data.seq_len_std is {data.seq_len_std}, but must be at most half of config.data.seq_len, {data.seq_len}, or "
+            "steps of that length on average cannot be drawn"
         )
     is_open = data.tokenizer != "word" and (data.source in ("text", "synthetic") or data.examples == "pieces")
     if data.order in ("packed", "padded") and is_open:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-import math
+import sys
 import types
 import typing
 
@@ -63,7 +63,7 @@ def _type_error(value, annotation):
     fits = {
         bool: isinstance(value, bool),
         int: isinstance(value, int) and not isinstance(value, bool),
-        float: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+        float: isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max,
         str: isinstance(value, str),
     }[wanted]
     return None if fits else f"a {_KIND[wanted]}"

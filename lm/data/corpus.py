@@ -118,15 +118,17 @@ def _make(split, tokenizer, folder, dtype):
     try:
         temporary = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            digest, count = hashlib.sha256(), 0
+            digest, text, count = hashlib.sha256(), hashlib.sha256(), 0
             with (temporary / "tokens.bin").open("wb") as file:
-                for ids in token_ids(split, tokenizer):
+                for ids in token_ids(_hashed(split, text), tokenizer):
                     count += len(ids)
                     piece = ids.astype(dtype).tobytes()
                     digest.update(piece)
                     file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
+            if text.hexdigest() != split.size.sha256:
+                raise UserError(f"{split.name} was changed while it was read; start again")
             manifest = {"tokens": count, "dtype": dtype.name, "sha256": digest.hexdigest(), "text": split.name}
             (temporary / "manifest.json").write_text(json.dumps(manifest))
             temporary.chmod(0o755)  # made for its maker alone, it would shut out others with whom the cache is shared
@@ -138,6 +140,23 @@ def _make(split, tokenizer, folder, dtype):
     except OSError as error:
         if not folder.exists():
             raise UserError(f"the token cache {folder.parent} cannot be written: {error.strerror}") from None
+
+
+def _hashed(split, digest):
+    """The split, whose text is taken into a digest as `sources.Split.size` does while it is read."""
+
+    def lines(document):
+        for line in document:
+            digest.update(line.encode())
+            yield line
+
+    def documents():
+        for document in split.documents():
+            yield lines(document)
+            if split.closed:
+                digest.update(b"\0")
+
+    return dataclasses.replace(split, documents=documents)
 
 
 def token_ids(split: sources.Split, tokenizer: tokenizers.Tokenizer) -> Iterator[np.ndarray]:

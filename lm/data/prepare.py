@@ -77,9 +77,7 @@ def prepare(
     Raises:
       UserError: bad config or text; a folder of another preparation, or that cannot be written; a worker died.
     """
-    data = resolve(draft).data
-    if data.prepared is not None:
-        raise UserError("config.data.prepared is set, but it is what is to be made here; set it to None")
+    data = _data(draft)
     _make_folder(folder)
     splits = sources.load(data)
     made_by = _tokenizer(data, splits["train"], folder, tokenizer, job)
@@ -107,10 +105,17 @@ def prepare(
 
 def total_bytes(draft: Config, job: Job) -> int | None:
     """Bytes of text that `prepare` will tell of as progress; None where that is not known beforehand."""
-    files = [split.file for split in sources.load(resolve(draft).data).values()]
+    files = [split.file for split in sources.load(_data(draft)).values()]
     if None in files:
         return None
     return sum(os.path.getsize(file) for file in files) // job.num_processes
+
+
+def _data(draft):
+    data = resolve(draft).data
+    if data.prepared is not None:
+        raise UserError("config.data.prepared is set, but it is what is to be made here; set it to None")
+    return data
 
 
 class _Text:
@@ -123,6 +128,7 @@ class _Text:
     def __init__(self, split, shard_bytes, at_newlines):
         self._split, self._shard_bytes, self._at_newlines = split, shard_bytes, at_newlines
         self._digest = hashlib.sha256()
+        self._sha256_of_file = sha256_of(split.file) if split.file else None
         self.keys: list[str] = []
 
     def parts(self) -> Iterator[tuple[sources.Split, str]]:
@@ -133,15 +139,14 @@ class _Text:
 
     def sha256(self) -> str:
         """Hash of the text, as `sources.Split.size` has it."""
-        return sha256_of(self._split.file) if self._split.file else self._digest.hexdigest()
+        return self._sha256_of_file or self._digest.hexdigest()
 
     def _of_file(self):
         path = self._split.file
-        status = path.stat()
         for start, stop in cuts(path, self._shard_bytes):
             lines = functools.partial(read_lines, path, start, stop)
             part = dataclasses.replace(self._split, documents=functools.partial(sources.one_document, lines), file=None)
-            yield part, f"{start} to {stop} of {status.st_size} bytes, changed {status.st_mtime_ns}"
+            yield part, f"{start} to {stop} of {self._sha256_of_file}"
 
     def _of_stream(self):
         for documents in self._gathered():

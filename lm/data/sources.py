@@ -272,10 +272,12 @@ def _characters(path, low, high, whole_lines) -> Iterator[str]:
     position = 0
     for line in read_lines(path):
         start, position = position, position + len(line)
+        if start >= high:
+            return
         if whole_lines:
-            if low <= start < high:
+            if low <= start:
                 yield line
-        elif position > low and start < high:
+        elif position > low:
             yield line[max(low - start, 0) : high - start]
 
 

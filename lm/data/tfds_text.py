@@ -53,17 +53,20 @@ class Examples:
                 f"config.data.split_expressions: {expression!r} is no split of {builder.info.full_name}, which has "
                 f"{', '.join(builder.info.splits)} ({_first_line(error)}); a part of one is written as in train[:90%]"
             ) from None
-        if not len(self._source):
+        if not self._read(lambda: len(self._source)):
             raise UserError(f"{self.name} holds no examples; widen config.data.split_expressions")
 
     def __call__(self) -> Iterator[str]:
         """The texts, read anew."""
         for start in range(0, len(self._source), _AT_ONCE):
             indices = range(start, min(start + _AT_ONCE, len(self._source)))
-            for index, example in zip(indices, self._source.__getitems__(indices), strict=True):
+            examples = self._read(functools.partial(self._source.__getitems__, indices))
+            for index, example in zip(indices, examples, strict=True):
                 text = example[self._feature]
+                if not isinstance(text, (bytes, str)):  # as of a file that was cut short
+                    raise UserError(f"example {index} of {self.name} cannot be read: its files are damaged; prepare it anew")
                 try:
-                    text = text.decode() if isinstance(text, bytes) else str(text)
+                    text = text.decode() if isinstance(text, bytes) else text
                 except UnicodeDecodeError:
                     raise UserError(f"example {index} of {self.name} is not UTF-8 text in feature {self._feature!r}") from None
                 if "\0" in text:
@@ -71,6 +74,12 @@ class Examples:
                         f"example {index} of {self.name} is no text: it holds a zero byte in feature {self._feature!r}"
                     )
                 yield text
+
+    def _read(self, read):
+        try:
+            return read()
+        except Exception as error:  # ArrayRecord raises many kinds for files that are damaged or gone
+            raise UserError(f"{self.name} cannot be read ({_first_line(error)}); prepare it anew") from None
 
 
 def _import():
@@ -86,7 +95,12 @@ def _import():
 def _builder(data):
     tfds = _import()
     if data.path is not None and (pathlib.Path(data.path) / "dataset_info.json").is_file():
-        found = tfds.builder_from_directory(data.path)
+        try:
+            found = tfds.builder_from_directory(data.path)
+        except Exception as error:  # of protobuf, JSON and tfds itself, for files that are damaged or gone
+            raise UserError(
+                f"config.data.path {data.path!r} cannot be opened as a dataset ({_first_line(error)}); prepare it anew"
+            ) from None
         named = f"{found.info.full_name}/"
         if data.dataset is not None and not named.startswith(f"{data.dataset.replace(':', '/')}/"):
             raise UserError(
@@ -104,7 +118,7 @@ def _builder(data):
         return tfds.core.read_only_builder.builder_from_files(data.dataset, data_dir=folder)
     except tfds.core.DatasetNotFoundError:
         pass
-    except (ValueError, AssertionError, OSError) as error:
+    except Exception as error:
         raise UserError(f"config.data.dataset {data.dataset!r} in {folder} cannot be opened: {_first_line(error)}") from None
     name = data.dataset.split("/")[0].split(":")[0]
     known = tfds.list_builders(with_community_datasets=False)

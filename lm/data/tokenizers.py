@@ -1,5 +1,6 @@
 """Text <-> token ids: byte, char, word and subword tokenizers, how they are trained, saved and loaded."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -16,6 +17,8 @@ from lm.data.lines import lines_of
 from lm.data.sources import Split
 from lm.errors import UserError
 from lm.files import write_atomically
+
+_FORMAT = 1  # of what is kept in the cache; another one where the same text is to give another vocabulary
 
 
 class Tokenizer(Protocol):
@@ -275,18 +278,21 @@ def train(data: DataConfig, split: Split, cache: pathlib.Path) -> Tokenizer:
     """
     if split.prepared is not None:
         return load(split.prepared.tokenizer)
-    key = hashlib.sha256(json.dumps([data.tokenizer, data.vocab_size, data.min_count, split.size.sha256]).encode()).hexdigest()[
-        :24
-    ]
-    path = cache / f"tokenizer-{key}.json"
-    if path.exists():
-        try:
-            return load(path)
-        except UserError:
-            path.unlink()  # a damaged entry of a cache is made again
+    decisive = [_FORMAT, data.tokenizer, data.vocab_size, data.min_count, split.size.sha256]
+    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:24]
+    for path in cache.glob(f"tokenizer-{key}-*.json"):
+        with contextlib.suppress(UserError):  # a damaged entry is made again
+            found = load(path)
+            if path.name == _entry(key, found):
+                return found
     tokenizer = fit(data, split)
-    save(tokenizer, path)
+    save(tokenizer, cache / _entry(key, tokenizer))
     return tokenizer
+
+
+def _entry(key, tokenizer):
+    """Its name in the cache, which tells whether it is as it was written."""
+    return f"tokenizer-{key}-{sha256(tokenizer)[:12]}.json"
 
 
 def fit(data: DataConfig, split: Split) -> Tokenizer:

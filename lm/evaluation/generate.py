@@ -129,7 +129,8 @@ def _sample(model, num_tokens, sampling, params, prompt_BT, key):
 def generate(
     run: Run, prompt: str = "", num_tokens: int = 200, num_samples: int = 1, sampling: Sampling | None = None, seed: int = 0
 ) -> list[str]:
-    """Texts that continue a prompt (without it), each ended by the first end of a document.
+    """Texts that continue a prompt (without it), each ended by the first end of a document; of words, whose lines end
+    like documents, by `num_tokens`.
 
     Raises:
       UserError: a prompt with symbols that the run's tokenizer does not know, values that mean nothing, or an n-gram.
