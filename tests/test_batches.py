@@ -11,6 +11,7 @@ import pytest
 from helpers import changed, corpus_of, model_and_params, refused
 
 from lm.config import Config, resolve
+from lm.data import batches as batches_module
 from lm.data.batches import Batch, Packed, Padded, Stream, StreamOfRandomLengths, Windows, batches, random_lengths
 from lm.data.prefetch import prefetch
 from lm.objectives import causal_language_model
@@ -292,6 +293,29 @@ def test_padded_rows_hold_every_token_once_an_epoch(closed):
             found.append(tuple(batch.targets_BT[0][there]))
             np.testing.assert_array_equal(batch.inputs_BT[0, 1:], batch.targets_BT[0, :-1])
         assert sorted(found) == sorted(map(tuple, pieces))
+
+
+def test_documents_are_found_wherever_the_pieces_of_a_text_end(monkeypatch):
+    lengths = [3, 1, 5, 12, 2, 6, 13]
+    whole, pieces = Padded(corpus_of_documents(lengths)[0], 2, 6, seed=3), batches_module.pieces
+    monkeypatch.setattr(batches_module, "pieces", lambda tokens: pieces(tokens, 7))
+    cut = Padded(corpus_of_documents(lengths)[0], 2, 6, seed=3)
+    for step in range(2 * whole.num_windows):
+        np.testing.assert_array_equal(cut.batch(step, slice(None)).targets_BT, whole.batch(step, slice(None)).targets_BT)
+
+
+def test_each_seed_and_epoch_has_an_order_of_its_own():
+    """Not that of one seed's second epoch for the next seed's first."""
+    corpus = corpus_of(range(400), 401, eos=400)
+    one, other = (Windows(corpus, 4, 8, seed=seed) for seed in (0, 1))
+    steps = range(int(one.steps_per_epoch))
+
+    def order(source, epoch):
+        first = epoch * len(steps)
+        return [int(token) for step in steps for token in source.batch(first + step, slice(None)).targets_BT[:, 0]]
+
+    orders = [order(source, epoch) for source in (one, other) for epoch in (0, 1)]
+    assert len(set(map(tuple, orders))) == 4
 
 
 @pytest.mark.parametrize("architecture", ["rnn", "gru", "lstm", "transformer"])

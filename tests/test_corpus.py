@@ -66,6 +66,7 @@ def test_big_vocabularies_take_more_bytes(tmp_path):
     symbols = ["<eos>", "<unk>", *map(str, range(70_000))]
     found = tokenise(open_text("69999 0 65535\n"), WordTokenizer(symbols), tmp_path)
     np.testing.assert_array_equal(found.tokens, [70_001, 2, 65_537, 0])
+    assert [corpus.token_type(size).name for size in (1 << 16, (1 << 16) + 1)] == ["uint16", "int32"]
 
 
 def test_each_text_and_tokenizer_has_a_place_of_its_own(tmp_path):

@@ -209,6 +209,15 @@ def test_a_mixture_of_another_tokenizer_is_refused(others, tmp_path):
         train(draft(own, **missing), str(tmp_path / "run"))
 
 
+def test_a_mixture_of_documents_takes_no_open_text(others):
+    """Its tokens would all be one document."""
+    _, folder = others
+    for order in ("packed", "padded"):
+        data = changed(Config(), data__order=order, data__mixture=(str(folder / "wiki"),)).data
+        with refused(f"config.data.order is {order!r}", "no document ends in the text of config.data.mixture", "wiki"):
+            sources.mixture(data)
+
+
 def test_the_config_chooses():
     for order, kind in (("stream", MixedStreams), ("windows", MixedWindows)):
         config = changed(Config(), data__order=order, data__seq_len=5, data__batch_size=4)

@@ -229,6 +229,21 @@ def test_what_is_damaged_is_made_again_and_nothing_else(how, tmp_path, here):
     assert victim.stat().st_mtime_ns != victim_before
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("vocab_size", 280), ("min_count", 2), ("fractions", (0.8, 0.1, 0.1)), ("tokenizer", "byte")]
+)
+def test_what_decides_the_tokens_is_compared(field, value, tmp_path, here):
+    one = tmp_path / "text.txt"
+    one.write_bytes((write_corpus(tmp_path / "text") / "train.txt").read_bytes())
+    kind = {"vocab_size": dict(data__tokenizer="subword", data__vocab_size=270), "min_count": dict(data__tokenizer="word")}
+    config = changed(draft(tmp_path), data__path=str(one), **kind.get(field, {}))
+    prepare(config, tmp_path / "prepared", Job())
+    others = dict(data__seq_len=5, data__seq_len_std=1.0, data__batch_size=2)  # decide nothing
+    sources.load(resolve(changed(config, **others, data__prepared=str(tmp_path / "prepared"))).data)
+    with refused(f"was made with config.data.{field} = ", f"but it is {json.loads(json.dumps(value))!r} now"):
+        sources.load(resolve(changed(config, **{f"data__{field}": value})).data)
+
+
 def test_the_text_counts_not_when_its_file_was_written(tmp_path, here):
     """Hosts with copies of their own make one folder; and a text of the same size and date is another text."""
     text, folder = write_corpus(tmp_path / "text"), tmp_path / "prepared"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm.errors import UserError
-from lm.reporting import plots
+from lm.reporting import plots, report as reports
 from lm.reporting.comparable import check_comparable
 from lm.reporting.report import compare, write_report
 from lm.reporting.runs import read_run
@@ -268,6 +268,18 @@ def test_bootstrap_is_seeded_signed_and_exact_in_length():
     assert [default_block_length(*counts) for counts in ((600_000, 100_000), (46_677, 18_000), (6000, 1000))] == [1536, 664, 120]
 
 
+def test_blocks_of_a_report_are_as_long_as_so_many_words(tmp_path):
+    many = read_run(make_run(tmp_path / "run", 3.0, num_tokens=40_000))
+    assert reports._block_length(many) == default_block_length(40_000, WORDS) == 800
+
+
+def test_what_was_scored_on_another_valid_does_not_compare(tmp_path):
+    pair = [read_run(make_run(tmp_path / name, 3.0)) for name in ("one", "other")]
+    edit(tmp_path / "other" / "evaluation" / "valid.json", text_sha256="another")
+    with pytest.raises(UserError, match="cannot be compared on valid"):
+        comparison_table([pair[0], read_run(tmp_path / "other")])
+
+
 def test_every_token_weighs_the_same_wherever_it_stands():
     difference_N = np.zeros(2000)
     difference_N[:20] = 50.0
@@ -300,6 +312,8 @@ def test_loss_by_position_has_the_analytic_band_and_takes_short_texts():
     bins = loss_by_position(nll_N, 64)
     size_P = bins.last_P - bins.first_P + 1
     np.testing.assert_allclose(bins.high_P - bins.loss_P, 1.96 / np.sqrt(2000 * size_P), rtol=0.1)
+    few = loss_by_position(np.array([1.0, 2.0, 3.0, 2.0, 8.0, 2.0]), 2)  # windows whose first losses are 1, 3 and 8
+    np.testing.assert_allclose(few.high_P - few.loss_P, [1.96 * np.std([1, 3, 8], ddof=1) / np.sqrt(3), 0], atol=1e-12)
     short = loss_by_position(np.array([3.0, 2.0, 1.0]), 64)
     assert short.last_P.tolist() == [1, 2, 3] and short.loss_P.tolist() == [3, 2, 1] and np.isnan(short.low_P).all()
 

@@ -322,16 +322,18 @@ def test_a_loss_far_above_the_recent_mean_is_a_bad_step(bigram, batch):
     spike = batch.replace(targets_BT=np.asarray(unlikely)[batch.inputs_BT])
     early, _ = step(state, None, spike)
     assert int(early.log_sums["skipped_steps"]) == 0
-    losses = []
-    for _ in range(60):
+    losses, other = [], batch.replace(targets_BT=np.roll(batch.targets_BT, 1, axis=1))  # so that the mean has something to mean
+    for number in range(60):
         before = float(state.log_sums["loss"])
-        state, _ = step(state, None, batch)
+        if number in (49, 50):
+            assert int(step(state, None, spike)[0].log_sums["skipped_steps"]) == (number == 50)
+        state, _ = step(state, None, other if number % 3 else batch)
         losses.append((float(state.log_sums["loss"]) - before) / batch.loss_weights_BT.sum())
-    assert int(state.log_sums["skipped_steps"]) == 0
+    assert int(state.log_sums["skipped_steps"]) == 0 and abs(losses[1] - losses[0]) > 0.01
     mean = 0.0
     for number, loss in enumerate(losses, 1):
         mean += max(0.02, 1 / number) * (loss - mean)
-    assert float(state.recent_loss) == pytest.approx(mean, abs=1e-4)
+    assert float(state.recent_loss) == pytest.approx(mean, abs=1e-5)
     after, _ = step(state, None, spike)
     assert int(after.log_sums["skipped_steps"]) == 1 and float(after.recent_loss) == float(state.recent_loss)
     assert int(step(after, None, batch)[0].log_sums["skipped_steps"]) == 1

@@ -1,5 +1,6 @@
 """lm.evaluation.variants: each against its formula, token by token; under names of their own; test only after valid."""
 
+import dataclasses
 import json
 import math
 
@@ -210,6 +211,8 @@ def test_a_variant_has_a_figure_of_its_own_that_says_what_was_done(run, ending):
     protocol = json.loads((run.folder.evaluation / f"valid.{ending}.json").read_text())["protocol"]
     assert protocol == {**plain["protocol"], "adaptation": variant.adaptation, **variant.protocol}
     assert evaluate_run(run, "valid", variant=variant)["stored"] and evaluate_run(run, "valid")["stored"]
+    with refused("test is not for choosing"):  # what valid had with other parameters does not count
+        evaluate_run(dataclasses.replace(run, params=jax.tree.map(lambda x: x * 1.5, run.params)), "test", variant=variant)
     assert evaluate_run(run, "test", variant=variant)["name"] == f"test.{ending}"
 
 

@@ -16,7 +16,7 @@ from lm.config.fields import (
     OptimizerConfig,
     TrainingConfig,
 )
-from lm.config.rules import check_clusters, default_mlp_dim, dropout_rates, layer_dims, left_open, replaced, resolve
+from lm.config.rules import check_clusters, default_mlp_dim, dropout_rates, is_open, layer_dims, left_open, replaced, resolve
 from lm.config.section import Section, recording, unknown_field
 from lm.config.stored import common_values, differences, from_json, given_fields, load_resolved, to_json, with_places
 
@@ -39,6 +39,7 @@ __all__ = [
     "dropout_rates",
     "from_json",
     "given_fields",
+    "is_open",
     "layer_dims",
     "left_open",
     "load_resolved",

@@ -301,8 +301,7 @@ def _resolve_data(data):
             f"config.data.seq_len_std is {data.seq_len_std}, but must be at most half of config.data.seq_len, {data.seq_len}, or "
             "steps of that length on average cannot be drawn"
         )
-    is_open = data.tokenizer != "word" and (data.source in ("text", "synthetic") or data.examples == "pieces")
-    if data.order in ("packed", "padded") and is_open:
+    if data.order in ("packed", "padded") and is_open(data.tokenizer, data.source, data.examples):
         raise UserError(
             f"config.data.order is {data.order!r}, but no document ends in this text; set config.data.order='windows', or "
             "config.data.tokenizer='word', whose documents are lines, or take a config.data.source of documents"
@@ -313,6 +312,11 @@ def _resolve_data(data):
         raise UserError(
             f"config.data.vocab_size is {data.vocab_size}, but subword needs at least 258 (256 bytes, <eos> and one merge)"
         )
+
+
+def is_open(tokenizer: str, source: str, examples: str | None) -> bool:
+    """Whether the tokens of such a text are one long row in which no document ends."""
+    return tokenizer != "word" and (source in ("text", "synthetic") or examples == "pieces")
 
 
 def _resolve_mixture(data):

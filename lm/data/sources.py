@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from lm.config import DataConfig
+from lm.config import DataConfig, is_open
 from lm.data import shards, synthetic, tfds_text
 from lm.data.lines import joined_lines, lines_of, read_lines
 from lm.errors import UserError
@@ -115,7 +115,7 @@ def mixture(data: DataConfig) -> dict[str, Split]:
     """The train splits that `data.mixture` adds to the config's own, by the names of their folders.
 
     Raises:
-      UserError: no such folder.
+      UserError: no such folder, or one whose text has no documents where `data.order` asks for them.
     """
     folders = data.mixture or ()
     names = [pathlib.Path(folder).name for folder in folders]
@@ -123,7 +123,13 @@ def mixture(data: DataConfig) -> dict[str, Split]:
         names = [str(pathlib.Path(folder).absolute()) for folder in folders]
     found = {}
     for name, folder in zip(names, folders, strict=True):
-        splits, _ = shards.read(folder, "mixture")
+        splits, made_with = shards.read(folder, "mixture")
+        kind = (made_with.get(field) for field in ("tokenizer", "source", "examples"))
+        if data.order in ("packed", "padded") and is_open(*kind):
+            raise UserError(
+                f"config.data.order is {data.order!r}, but no document ends in the text of config.data.mixture {folder!r}; take "
+                "another folder, or config.data.order='windows'"
+            )
         found[name] = Split(f"{folder}/train", functools.partial(_no_text, folder), prepared=splits["train"])
     return found
 
