@@ -3,7 +3,8 @@
 python -m launch.train --config=configs/wikitext2/small/gru.py --config.data.path=/path/to/wikitext-2 \
     --workdir=runs/wt2_small_gru
 
-Not yet run.
+Two cores of an AMD EPYC with AVX-512, with some other work beside it, Python 3.11.7, JAX 0.10.2, 2026-11-29, seed 0: 47 minutes,
+valid 153.27, test 141.57 (carried, float32, step 2,868).
 """
 
 from configs._common import finish
