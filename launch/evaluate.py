@@ -4,7 +4,8 @@ Every token of the split (or of any text, with --text) is scored once, in order;
 the protocol it was taken under. Test is scored once: asked again, the stored figure is given.
 
 Variants: --dynamic=rms (dynamic evaluation), --cache_window=500 (neural cache), --dropout_samples=100 (probabilities averaged
-over dropout) and --temperature. Their settings are chosen on valid: test is scored so only after valid was.
+over dropout) and --temperature. Their settings, and windows other than the run's own (--context), are chosen on valid: test is
+scored so only after valid was.
 """
 
 from absl import flags
