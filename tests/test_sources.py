@@ -135,6 +135,15 @@ def test_one_file_is_split_90_5_5_when_nothing_is_said(tmp_path):
     assert [whole(found[name]) for name in ("train", "valid", "test")] == [text[:900], text[900:950], text[950:]]
 
 
+def test_a_very_long_line_stays_whole(tmp_path):
+    """It is read in pieces."""
+    lines = ["a b\n" * 100, "c " * 100_000 + "c\n", "d e\n" * 300, "f g\n" * 300]
+    (tmp_path / "all.txt").write_text("".join(lines))
+    found = sources.load(text_config(tmp_path / "all.txt", data__tokenizer="word", data__fractions=(0.6, 0.396, 0.004)))
+    (train,), (valid,), (test,) = (["".join(document) for document in found[split].documents()] for split in sources.SPLITS)
+    assert train == lines[0] + lines[1] and valid + test == lines[2] + lines[3] and len(test) > 400
+
+
 def test_with_words_no_line_is_torn(tmp_path):
     lines = [f"{'word ' * (i % 5)}number {i}\n" for i in range(100)]
     (tmp_path / "all.txt").write_text("".join(lines))

@@ -204,7 +204,11 @@ class DataConfig(Section):
         None, "further such folders, of the same tokenizer, whose train tokens are mixed into these", resumable=True
     )
     mixture_weights: tuple[float, ...] | None = setting(
-        None, "shares of training tokens: of the config's own text, then of each of the mixture", above=0, below=1
+        None,
+        "shares of training tokens: of the config's own text, then of each of the mixture; to the nearest row of a stream's "
+        "batch, or of 1,000 windows or documents",
+        above=0,
+        below=1,
     )
 
 

@@ -57,7 +57,8 @@ class BatchSource(Protocol):
         """The given rows of a step's batch, in NumPy; pure."""
 
     def counts(self, num_steps: int) -> dict[str, int]:
-        """For a line of metrics: of a mixture, the tokens that the first steps took from each part; else nothing."""
+        """For a line of metrics: of a mixture, the tokens that the first steps took from each part (of padded documents, as
+        many as they hold on average); else nothing."""
 
 
 class _Source:

@@ -275,13 +275,16 @@ def _file_of_split(folder: pathlib.Path, split: str) -> pathlib.Path:
 
 
 def _characters(path, low, high, whole_lines) -> Iterator[str]:
-    position = 0
+    position, begin, line_ends = 0, 0, True
     for line in read_lines(path):
         start, position = position, position + len(line)
-        if start >= high:
+        if line_ends or not whole_lines:  # a very long line comes in pieces, which stay together
+            begin = start
+        line_ends = line.endswith("\n")
+        if begin >= high:
             return
         if whole_lines:
-            if low <= start:
+            if low <= begin:
                 yield line
         elif position > low:
             yield line[max(low - start, 0) : high - start]
