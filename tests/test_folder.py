@@ -223,6 +223,21 @@ def test_the_environment_says_what_ran(tmp_path):
     assert environment()["command"]
 
 
+def test_what_a_run_was_in_before_it_moved_is_kept(tmp_path, monkeypatch):
+    folder, machines = RunFolder(tmp_path), iter(["old", "old", "new", "new"])
+    monkeypatch.setattr(folders, "environment", lambda: {"date": "today", "command": "this", "hardware": next(machines)})
+    folder.environment.write_text('{"hardware": "of something else"}')
+    for goes_on in (False, True, True, True):
+        folder.write_environment({"platform": "cpu"}, goes_on)
+    found = json.loads(folder.environment.read_text())
+    assert found.pop("earlier") == [{"date": "today", "hardware": "old", "platform": "cpu"}]
+    assert found == {"date": "today", "command": "this", "hardware": "new", "platform": "cpu"}
+    folder.environment.write_text("{")  # damaged
+    machines = iter(["new"])
+    folder.write_environment({"platform": "cpu"}, goes_on=True)
+    assert json.loads(folder.environment.read_text()) == found
+
+
 @pytest.mark.parametrize(
     "told, shown",
     [

@@ -395,6 +395,9 @@ def test_table_says_where_times_do_not_compare(tmp_path):
     on_gpu = {"hardware": "Abacus, 2 cores", "platform": "gpu", "device": "H100", "num_devices": 2}
     (note,) = comparison_table([placed[0], dataclasses.replace(runs[1], environment=on_gpu)]).notes
     assert "(rnn: Abacus, 2 cores; gru: Abacus, 2 cores, 2 × H100)" in note
+    moved = dataclasses.replace(placed[0], environment={**placed[0].environment, "earlier": [placed[1].environment] * 2})
+    (note,) = comparison_table([moved, placed[2]]).notes
+    assert "(rnn: Loom, 8 cores, then Abacus, 2 cores; lstm: Abacus, 2 cores)" in note
 
 
 @pytest.mark.parametrize(

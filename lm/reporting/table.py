@@ -126,7 +126,11 @@ def comparison_table(runs: Sequence[Run]) -> Table:
 
 
 def place(environment: Mapping[str, Any]) -> str:
-    """The machine that a run was on, and its devices where they are not its CPU."""
+    """The machine that a run was on, and its devices where they are not its CPU; of a run that has moved, all in order."""
+    return ", then ".join(dict.fromkeys(_machine(one) for one in (*environment.get("earlier", ()), environment)))
+
+
+def _machine(environment):
     on_cpu = environment.get("platform") in ("cpu", None)  # None: an n-gram model's, which takes no device
     return environment["hardware"] + ("" if on_cpu else f", {environment['num_devices']} × {environment['device']}")
 

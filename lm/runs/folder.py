@@ -101,9 +101,20 @@ class RunFolder:
                 f"{self.path} holds another experiment ({'; '.join(found)}); use another --workdir, or go back to its settings"
             )
 
-    def write_environment(self, devices: dict[str, Any]) -> None:
-        """Writes environment.json: versions, devices, commit, command, date."""
-        write_json(self.environment, {**environment(), **devices})
+    def write_environment(self, devices: dict[str, Any], goes_on: bool = False) -> None:
+        """Writes environment.json: versions, devices, commit, command, date.
+
+        Args:
+          goes_on: whether a run is taken up: then what it ran in until now is kept, under `earlier`, where that was another.
+        """
+        now, before = {**environment(), **devices}, {}
+        if goes_on:
+            with contextlib.suppress(UserError):  # lost or damaged
+                before = read_json(self.environment, "")
+        earlier = before.pop("earlier", [])
+        if any(before.get(name) != value for name, value in now.items() if name not in ("date", "command")) and before:
+            earlier = [*earlier, {name: value for name, value in before.items() if name != "command"}]
+        write_json(self.environment, {**now, **({"earlier": earlier} if earlier else {})})
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl."""

@@ -186,12 +186,12 @@ def train(draft: Config, workdir: str, listener: Listener | None = None) -> Trai
         return _train(draft, experiment, folder, checkpoints, listener)
 
 
-def _begin(draft, experiment, folder, devices):
+def _begin(draft, experiment, folder, devices, step=0):
     if not processes.is_first():
         return
     tokenizers.save(experiment.tokenizer, folder.tokenizer)
     folder.write_config(draft, experiment.config, experiment.facts)
-    folder.write_environment(devices)
+    folder.write_environment(devices, goes_on=step > 0)
 
 
 def _count(draft, experiment, folder, checkpoints, listener):
@@ -237,7 +237,7 @@ def _train(draft, experiment, folder, checkpoints, listener):
         if processes.is_first():
             folder.note_places(draft)
     else:
-        _begin(draft, experiment, folder, device_summary(placement))
+        _begin(draft, experiment, folder, device_summary(placement), step)
         listener.started(experiment, step)
         run = functools.partial(
             run_loop,
