@@ -3,7 +3,8 @@
 python -m launch.train --config=configs/wikitext2/small/rnn.py --config.data.path=/path/to/wikitext-2 \
     --workdir=runs/wt2_small_rnn
 
-Not yet run.
+Two cores of an AMD EPYC with AVX-512, with some other work beside it, Python 3.11.7, JAX 0.10.2, 2026-11-29, seed 0: 48 minutes,
+valid 199.77, test 184.05 (carried, float32, step 2,868).
 """
 
 from configs._common import finish
