@@ -396,9 +396,12 @@ def test_the_matmul_is_rounded_as_those_of_what_is_measured(mode, compute_dtype,
 
     monkeypatch.setattr(benchmarks, "Matmul", matmul)
     monkeypatch.setattr(benchmarks, "start", lambda *_, **__: None)  # what it sets would stay for other tests
+    sizes = {"matmul": (8, 8)} | ({"few_row_matmul": (3, 8)} if mode == "generate" else {})
+    assert Matmul(Placement(1), compute_dtype, rows=20, size=8).rows == 8  # of more rows than columns it takes those
     task = Task(draft(write_corpus(tmp_path / "corpus"), "rnn", compute_dtype=compute_dtype), mode, Generation(3, 4))
     with contextlib.closing(benchmarks.OurSide(task, "system", tmp_path)) as ours:
         assert min(ours.matmul_rates().values()) > 0
+        assert {name: (fact["rows"], fact["size"]) for name, fact in ours.facts().items() if name.endswith("matmul")} == sizes
     few = [(compute_dtype, precision, 3)] if mode == "generate" else []
     assert asked == [(compute_dtype, precision, None), *few]
 

@@ -36,12 +36,12 @@ class Matmul:
 
         Args:
           precision: of jax.numpy.matmul, where an accelerator rounds what it multiplies.
-          rows: None is as many as columns.
+          rows: at most as many as columns, and None is as many.
           size: None is 8192, and on a CPU 2048, or 4096 where rows are given: 64 MiB, more than most caches hold.
         """
         on_cpu = placement.devices[0].platform == "cpu"
         self.size, self._in_a_row = size or ((2048 if rows is None else 4096) if on_cpu else 8192), 1 if on_cpu else 100
-        self.rows = self.size if rows is None else rows
+        self.rows = self.size if rows is None else min(rows, self.size)
         placement = Placement(placement.num_devices)  # a product on each device, also where the state is split
         self._num_devices = placement.num_devices
         matrix = np.random.default_rng(0).standard_normal((self.size, self.size), np.float32).astype(jnp.dtype(dtype))
