@@ -104,7 +104,7 @@ def report(result):
             (
                 "reading",
                 f"{result['share_of_few_row_matmul_peak']:.1%} of the {_scaled(few['flops_per_second'])}FLOP/s of "
-                f"{few['rows']} × {few['size']} by {few['size']} × {few['size']}, which must read its matrix as this its weights",
+                f"{few['rows']} × {few['size']} by {few['size']} × {few['width']}, which must be read like weights",
             )
         )
     for allocator, peer in (result["against"] or {"allocators": {}})["allocators"].items():

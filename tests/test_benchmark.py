@@ -390,20 +390,22 @@ def test_a_vocabulary_beyond_the_texts_makes_the_model_larger_and_nothing_else(t
 def test_the_matmul_is_rounded_as_those_of_what_is_measured(mode, compute_dtype, precision, tmp_path, monkeypatch):
     asked = []
 
-    def matmul(placement, *kind, rows=None):
-        asked.append((*kind, rows))
-        return Matmul(placement, *kind, rows=rows, size=8)
+    def matmul(placement, *kind, rows=None, numbers=None):
+        asked.append((*kind, rows, numbers))
+        return Matmul(placement, *kind, rows=rows, numbers=64)
 
     monkeypatch.setattr(benchmarks, "Matmul", matmul)
     monkeypatch.setattr(benchmarks, "start", lambda *_, **__: None)  # what it sets would stay for other tests
-    sizes = {"matmul": (8, 8)} | ({"few_row_matmul": (3, 8)} if mode == "generate" else {})
-    assert Matmul(Placement(1), compute_dtype, rows=20, size=8).rows == 8  # of more rows than columns it takes those
+    sizes = {"matmul": (8, 8, 8)} | ({"few_row_matmul": (3, 4, 16)} if mode == "generate" else {})
     task = Task(draft(write_corpus(tmp_path / "corpus"), "rnn", compute_dtype=compute_dtype), mode, Generation(3, 4))
     with contextlib.closing(benchmarks.OurSide(task, "system", tmp_path)) as ours:
         assert min(ours.matmul_rates().values()) > 0
-        assert {name: (fact["rows"], fact["size"]) for name, fact in ours.facts().items() if name.endswith("matmul")} == sizes
-    few = [(compute_dtype, precision, 3)] if mode == "generate" else []
-    assert asked == [(compute_dtype, precision, None), *few]
+        facts = ours.facts()
+    matmuls = {name: fact for name, fact in facts.items() if name.endswith("matmul")}
+    assert {name: (fact["rows"], fact["size"], fact["width"]) for name, fact in matmuls.items()} == sizes
+    numbers = round(facts["flops_per_token"] / 2)  # that a token meets
+    few = [(compute_dtype, precision, 3, numbers)] if mode == "generate" else []
+    assert asked == [(compute_dtype, precision, None, None), *few]
 
 
 CONFIG = """

@@ -1,6 +1,8 @@
 """lm.evaluation.generate: what is drawn, that the carry changes nothing, where a text ends, and what is refused."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +61,39 @@ def test_through_the_carry_is_the_whole_prefix_each_time(architecture, fields):
         texts_BT[:, position] = np.argmax(logits(run.params, texts_BT)[:, position - 1], axis=-1)
     np.testing.assert_array_equal(drawn_BT, texts_BT[:, length:])
     assert len(np.unique(texts_BT[:, length:])) > 5  # not one token over and over
+
+
+WIDE = dict(model__num_layers=2, model__hidden_dim=256)  # matrices that are not small for lm.models.products
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_text_alone_is_what_it_is_beside_another(tied):
+    model, params = model_and_params("transformer", 512, 3.0, **WIDE, model__tie_embeddings=tied)
+    prompts_BT = np.random.default_rng(1).integers(0, 512, (2, 3)).astype(np.int32)
+    both_BT = sample_tokens(model, params, prompts_BT, 12, GREEDY, jax.random.key(0))
+    for row in (0, 1):
+        alone_BT = sample_tokens(model, params, prompts_BT[row : row + 1], 12, GREEDY, jax.random.key(0))
+        np.testing.assert_array_equal(alone_BT[0], both_BT[row])
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_the_loop_over_tokens_makes_no_matrix_of_the_models(num_samples):
+    """Those of queries, keys and values are joined, and for one text the table is turned, before it."""
+    model, params = model_and_params("transformer", 512, **WIDE)
+    prompt_BT = np.zeros((num_samples, 1), np.int32)
+    sample = jax.jit(functools.partial(generation._sample, model, 4, GREEDY))
+    program = sample.lower(params, prompt_BT, jax.random.key(0)).compile().as_text()
+    body = max((computation(program, name) for name in re.findall(r"body=%?([\w.-]+)", program)), key=len)
+    made = re.compile(r"= f32\[([\d,]+)\]\S* (?!parameter|get-tuple-element|bitcast)[\w-]+\(")
+    assert max(math.prod(map(int, shape.split(","))) for shape in made.findall(body)) < 256 * 256
+    before = computation(program, program.split("ENTRY %", 1)[1].split(" ", 1)[0])
+    shapes = [tuple(map(int, shape.split(","))) for shape in made.findall(before)]
+    assert shapes.count((256, 768)) == 2 and ((256, 512) in shapes or (2, 128, 512) in shapes) == (num_samples == 1)
+
+
+def computation(program, name):
+    """The text of one computation of a compiled program."""
+    return re.search(rf"^(?:ENTRY )?%?{re.escape(name)} \(.*?^}}", program, re.MULTILINE | re.DOTALL)[0]
 
 
 def test_greedy_and_seeded_texts_are_reproducible(rnn):

@@ -212,8 +212,7 @@ class OurSide:
     def facts(self) -> dict[str, Any]:
         """What was measured on what."""
         config, vocab_size = self._experiment.config, self._experiment.facts["vocab_size"]
-        length = self._task.generation.num_tokens if self._task.mode == "generate" else None
-        forward = forward_flops_per_token(config, vocab_size, length)
+        forward = self._forward_flops_per_token()
         return {
             "model": config.model.architecture,
             "num_params": self._experiment.facts["num_params"],
@@ -224,22 +223,28 @@ class OurSide:
             "tokens_per_step": self._workload.tokens_per_unit,
             "flops_per_token": forward * TRAINING if self._task.mode == "train" else forward,
             **{
-                name: {"rows": one.rows, "size": one.size, "dtype": config.compute_dtype} for name, one in self._matmuls().items()
+                name: {"rows": one.rows, "size": one.size, "width": one.width, "dtype": config.compute_dtype}
+                for name, one in self._matmuls().items()
             },
             "allocator": self._allocator,
             "resolved": to_json(config),
             "environment": device_summary(self._placement),
         }
 
+    def _forward_flops_per_token(self):
+        length = self._task.generation.num_tokens if self._task.mode == "generate" else None
+        return forward_flops_per_token(self._experiment.config, self._experiment.facts["vocab_size"], length)
+
     def _matmuls(self):
-        """A square one, and where texts are generated, whose products have as many rows as there are texts, one with those."""
+        """A square one, and where texts are generated one of as many rows, by as many numbers as a token is multiplied by."""
         if not self._made:
             dtype = self._experiment.config.compute_dtype
             exact = self._task.mode == "evaluate" and dtype == "float32"  # as lm.evaluation.scorers has it
             kind = self._placement, dtype, "highest" if exact else "default"
             self._made["matmul"] = Matmul(*kind)
             if self._task.mode == "generate":
-                self._made["few_row_matmul"] = Matmul(*kind, rows=self._task.generation.num_samples)
+                numbers = round(self._forward_flops_per_token() / 2)
+                self._made["few_row_matmul"] = Matmul(*kind, rows=self._task.generation.num_samples, numbers=numbers)
         return self._made
 
     def matmul_rates(self) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The machine a measurement is held against: its matmul peak, its memory; and what several rounds say together."""
 
+import math
 import os
 import pathlib
 import statistics
@@ -11,17 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.models.products import times
 from lm.parallel import Placement
 
 
 class Matmul:
-    """What this machine makes of rows times a big square matrix, on all devices at once.
+    """What this machine makes of rows times a big matrix, on all devices at once.
 
     With as many rows as columns that is the practical peak of its arithmetic; with few rows, of its memory, from which each
     entry of the matrix is then read for few operations.
 
     Attributes:
-      rows, size: [rows, size] by [size, size].
+      rows, size, width: [rows, size] by [size, width].
     """
 
     def __init__(
@@ -30,23 +32,26 @@ class Matmul:
         dtype: str,
         precision: str = "default",
         rows: int | None = None,
-        size: int | None = None,
+        numbers: int | None = None,
     ):
         """Compiles it and runs it once.
 
         Args:
           precision: of jax.numpy.matmul, where an accelerator rounds what it multiplies.
-          rows: at most as many as columns, and None is as many.
-          size: None is 8192, and on a CPU 2048, or 4096 where rows are given: 64 MiB, more than most caches hold.
+          rows: None is as many as the matrix has, which is square then; else it is four times as wide as high, since a CPU reads
+            long rows faster.
+          numbers: in the matrix, about; None is 8192², and on a CPU 2048².
         """
         on_cpu = placement.devices[0].platform == "cpu"
-        self.size, self._in_a_row = size or ((2048 if rows is None else 4096) if on_cpu else 8192), 1 if on_cpu else 100
-        self.rows = self.size if rows is None else min(rows, self.size)
+        side, self._in_a_row = math.sqrt(numbers or (2048**2 if on_cpu else 8192**2)), 1 if on_cpu else 100
+        self.size = round(side) if rows is None else 2 * math.ceil(side / 4)
+        self.rows, self.width = rows or self.size, self.size if rows is None else 4 * self.size
         placement = Placement(placement.num_devices)  # a product on each device, also where the state is split
         self._num_devices = placement.num_devices
-        matrix = np.random.default_rng(0).standard_normal((self.size, self.size), np.float32).astype(jnp.dtype(dtype))
-        self._factors = placement.put_state((matrix[: self.rows], matrix))
-        self._product = placement.compile(lambda x, y: (jnp.matmul(x, y, precision=precision),), ("state",))
+        random = np.random.default_rng(0)
+        shapes = (self.rows, self.size), (self.size, self.width)
+        self._factors = placement.put_state([random.standard_normal(s, np.float32).astype(jnp.dtype(dtype)) for s in shapes])
+        self._product = placement.compile(lambda x, y: (times(x, y, precision=precision),), ("state",))
         jax.block_until_ready(self._product(*self._factors))
 
     def rate(self, repetitions: int = 3) -> float:
@@ -61,7 +66,7 @@ class Matmul:
                 product = self._product(*self._factors)
             jax.block_until_ready(product)
             durations.append(time.perf_counter() - started)
-        return self._in_a_row * self._num_devices * 2 * self.rows * self.size**2 / min(durations)
+        return self._in_a_row * self._num_devices * 2 * self.rows * self.size * self.width / min(durations)
 
 
 def busy_cores(seconds: float = 1.0) -> float:

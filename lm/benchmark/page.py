@@ -29,7 +29,7 @@ _OF_A_RATIO = (
 _FEW_ROWS = "share_of_few_row_matmul_peak"
 _OF_FEW_ROWS = (
     "- Generation multiplies only as many rows as there are texts by each matrix, and cannot be done sooner than that is read:",
-    "  few rows' peak is what a product of so many rows by a 4,096 × 4,096 matrix (on a GPU 8,192 × 8,192) comes to here.",
+    "  few rows' peak is what one product of so many rows by a matrix of as many numbers comes to here.",
 )
 _ON_A_GPU = ("- torch's autocast to bfloat16 runs cuDNN's recurrences in float16, whatever type it is asked for.",)
 _FORMERLY = (

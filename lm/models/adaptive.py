@@ -9,6 +9,7 @@ from flax import linen as nn
 from lm.errors import UserError
 from lm.models.layers import Embedding, Initializer, look_up
 from lm.models.output import LossSums, OutputModule, TokenScores, loss_sums, plain_logits, score_by_log_probs
+from lm.models.products import Dense
 
 Array = jax.Array
 
@@ -51,7 +52,7 @@ class AdaptiveEmbedding(Embedding):
             for i, ((start, end), width) in enumerate(sizes)
         )
         self.projections = [
-            nn.Dense(self.embed_dim, use_bias=False, kernel_init=self.projection_init, dtype=self.dtype, name=f"projection_{i}")
+            Dense(self.embed_dim, use_bias=False, kernel_init=self.projection_init, dtype=self.dtype, name=f"projection_{i}")
             for i in range(1, len(self.clusters))
             if self.narrowing > 1
         ]
@@ -87,7 +88,7 @@ class AdaptiveOutput(OutputModule):
         self.clusters = clusters(self.vocab_size, self.cutoffs)
         sizes = widths(self.embed_dim, self.narrowing, len(self.clusters))
         self.projections = [
-            nn.Dense(width, use_bias=False, kernel_init=self.projection_init, dtype=self.dtype, name=f"projection_{i}")
+            Dense(width, use_bias=False, kernel_init=self.projection_init, dtype=self.dtype, name=f"projection_{i}")
             for i, width in enumerate(sizes[1:], 1)
             if self.narrowing > 1
         ]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn, struct
 
 from lm.models.layers import Dropout, Initializer, norm, rotate, segment_runs, sinusoidal
-from lm.partition import HEADS, ROWS, locally
+from lm.models.products import Dense, times
+from lm.partition import HEADS, ROWS, count, locally
 
 Array = jax.Array
 
@@ -294,7 +295,7 @@ class Attention(nn.Module):
 
     def setup(self):
         def dense(init, use_bias=True):
-            return nn.Dense(self.model_dim, use_bias=use_bias, kernel_init=init, dtype=self.dtype)
+            return Dense(self.model_dim, use_bias=use_bias, kernel_init=init, dtype=self.dtype)
 
         self.query, self.key, self.value, self.outward = (
             dense(self.kernel_init),
@@ -324,6 +325,15 @@ class Attention(nn.Module):
         index_BTS = jnp.clip(where.distances_BTS, 0, length - 1)
         return jnp.take_along_axis(by_distance_BHTS, index_BTS[:, None], axis=-1)
 
+    def _projected(self, x_ND, alone):
+        """Queries, keys and values; of a token that comes alone in one product, whose matrix a loop over tokens joins once."""
+        projections = self.query, self.key, self.value
+        if not alone or jax.default_backend() != "cpu" or count(HEADS) > 1:
+            return [project(x_ND) for project in projections]
+        params = [project.variables["params"] for project in projections]
+        kernel, bias = (jnp.concatenate([p[name] for p in params], axis=-1).astype(self.dtype) for name in ("kernel", "bias"))
+        return jnp.split(times(x_ND, kernel) + bias, 3, axis=-1)
+
     def __call__(self, x_BTD, where: Places, cache=None, *, rows_B=None, train=False):
         """Attends from every token to what it may see; sows `attention_weights` [B, H, T, S] to `intermediates`.
 
@@ -336,7 +346,8 @@ class Attention(nn.Module):
         """
         heads = (*x_BTD.shape[:2], self.num_heads, self.model_dim // self.num_heads)
         x_ND = x_BTD.reshape(-1, self.model_dim)  # as in FeedForward
-        q, k, v = (project(x_ND).reshape(heads) for project in (self.query, self.key, self.value))
+        alone = cache is not None and x_BTD.shape[1] == 1
+        q, k, v = (projected.reshape(heads) for projected in self._projected(x_ND, alone))
         if self.norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary:
@@ -344,7 +355,7 @@ class Attention(nn.Module):
         keys, values, after = k, v, None
         if cache is not None:
             after = tuple(put(old, where.slots_BT, new) for old, new in zip(cache, (k, v), strict=True))
-            if x_BTD.shape[1] == 1:  # a cache that is only read where it lies, not copied for every token that is generated
+            if alone:  # a cache that is only read where it lies, not copied for every token that is generated
                 keys, values = (cached.astype(k.dtype).swapaxes(1, 2) for cached in after)
             else:
                 keys, values = (

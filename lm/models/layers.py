@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from lm.models.products import Dense
 from lm.partition import ROWS, VOCABULARY, constrain, count
 
 Array = jax.Array
@@ -185,7 +186,7 @@ class FeedForward(nn.Module):
         gated = self.activation == "swiglu"
 
         def dense(features, init):
-            return nn.Dense(features, use_bias=not gated, kernel_init=init, dtype=self.dtype)
+            return Dense(features, use_bias=not gated, kernel_init=init, dtype=self.dtype)
 
         self.inward = dense(self.mlp_dim, self.kernel_init)
         self.outward = dense(self.model_dim, self.out_init)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.layers import Initializer, gatewise, in_two_axes
+from lm.models.products import Dense
 from lm.partition import ALL_ROWS
 
 Array = jax.Array
@@ -98,7 +99,7 @@ class MatrixLayer(nn.Module):
 
     def setup(self):
         def dense(features, **options):
-            return nn.Dense(features, kernel_init=self.kernel_init, dtype=self.dtype, **options)
+            return Dense(features, kernel_init=self.kernel_init, dtype=self.dtype, **options)
 
         self.query, self.key, self.value, self.out_gate = (dense(self.hidden_dim) for _ in range(4))
         self.write_gate = dense(self.num_heads)

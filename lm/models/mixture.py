@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from lm.models.layers import Dropout, Initializer
 from lm.models.output import LossSums, OutputModule, TokenScores, loss_sums, plain_logits, score_by_log_probs, score_tokens
+from lm.models.products import Dense
 
 Array = jax.Array
 
@@ -42,8 +43,8 @@ class MixtureOutput(OutputModule):
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.prior = nn.Dense(self.num_softmaxes, use_bias=False, kernel_init=self.latent_init, dtype=self.dtype)
-        self.latent = nn.Dense(self.num_softmaxes * self.embed_dim, kernel_init=self.latent_init, dtype=self.dtype)
+        self.prior = Dense(self.num_softmaxes, use_bias=False, kernel_init=self.latent_init, dtype=self.dtype)
+        self.latent = Dense(self.num_softmaxes * self.embed_dim, kernel_init=self.latent_init, dtype=self.dtype)
         self.dropout = Dropout(self.dropout_rate, 1 if self.variational else None)
         self.bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
         if not self.tied:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.layers import Initializer
+from lm.models.products import by_parts, times
 from lm.partition import ROWS, VOCABULARY, count, locally
 
 Array = jax.Array
@@ -278,8 +279,9 @@ def parts(rows, numbers_per_token: int, numbers_at_once: int | None = None):
 
 def plain_logits(hidden: Array, matrix: Array, bias_V: Array, tied: bool) -> Array:
     """float32 [..., V] of hidden states [..., D]; the matrix is as in `loss_sums`."""
-    names = "...d,vd->...v" if tied else "...d,dv->...v"
-    return jnp.einsum(names, hidden, matrix, preferred_element_type=jnp.float32) + bias_V
+    if tied:
+        return jnp.einsum("...d,vd->...v", hidden, matrix, preferred_element_type=jnp.float32) + bias_V
+    return times(hidden, matrix, preferred_element_type=jnp.float32) + bias_V
 
 
 def _matrix_names(tied):
@@ -341,9 +343,12 @@ class OutputLayer(OutputModule):
         return matrix.astype(self.dtype), self.param("bias", nn.initializers.zeros, (self.vocab_size,))
 
     def logits(self, hidden_BTD: Array, table_VD: Array) -> Array:
-        """float32 [B, T, V]."""
+        """float32 [B, T, V]; of a token that comes alone with a table that a loop over tokens turns once, for `times`."""
         matrix, bias_V = self._matrix_and_bias(hidden_BTD.shape[-1], table_VD)
-        return plain_logits(hidden_BTD.astype(self.dtype), matrix, bias_V, self.tied)
+        hidden_BTD, tied = hidden_BTD.astype(self.dtype), self.tied
+        if tied and by_parts(hidden_BTD, matrix, contracted=1):
+            matrix, tied = jax.lax.optimization_barrier(matrix.T), False  # of a bare transpose XLA does not think it worth while
+        return plain_logits(hidden_BTD, matrix, bias_V, tied)
 
     def score(self, hidden_BTD: Array, targets_BT: Array, table_VD: Array, temperature: float = 1.0) -> TokenScores:
         """Scores of the targets, without ever holding [B, T, V] where that is big; the temperature divides the logits."""

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from lm.models.layers import Dropout, Initializer, WeightDrop, apart, gatewise, in_two_axes, segment_runs
 from lm.models.linear_recurrences import MatrixLayer, MinimalLayer
+from lm.models.products import Dense, times
 from lm.models.scan import scan_products
 from lm.partition import ALL_ROWS, constrain, locally
 
@@ -303,7 +304,7 @@ class RecurrentLayer(nn.Module):
             gates = jnp.concatenate([input_kernel.astype(self.dtype), recurrent_kernel])
             return run(recur_mogrified, x_TBD, {"gates": gates, **self._mogrifier_kernels(x_TBD.shape[-1])}, bias)
         kernel = input_kernel.astype(self.dtype)
-        gates_TBG = in_two_axes(lambda x: x @ kernel, x_TBD, ALL_ROWS) + bias.astype(self.dtype)
+        gates_TBG = in_two_axes(lambda x: times(x, kernel), x_TBD, ALL_ROWS) + bias.astype(self.dtype)
         return run(recur, gates_TBG, recurrent_kernel, state_bias)
 
     def _mogrifier_kernels(self, input_dim):
@@ -366,7 +367,7 @@ class RecurrentStack(nn.Module):
         rates = [self.embedding_dropout_rate, *[self.dropout_rate] * (len(self.layer_dims) - 1), self.output_dropout_rate]
         self.dropouts = [Dropout(rate, constant_axis=0 if self.variational else None, row_axis=1) for rate in rates]
         if self.projected_dim is not None:
-            self.projection = nn.Dense(self.projected_dim, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype)
+            self.projection = Dense(self.projected_dim, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype)
 
     def _layer(self, width, **options):
         linear = dict(kernel_init=self.kernel_init, forget_bias=self.forget_bias, dtype=self.dtype, **options)

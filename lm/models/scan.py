@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lm.models.products import times
+
 Array = jax.Array
 Product = Callable[[str, Array], Array]  # name, value -> value @ kernels[name] + shifts[name] at this step, float32
 Step = Callable[..., tuple[Any, Array]]
@@ -55,7 +57,7 @@ def _run(step, keeps, kernels, shifts_T, inputs_T, state, fixed_T, constants):
             value = value.astype(kernels[name].dtype)
             if keeps:
                 arguments[name] = value
-            return (value @ kernels[name]).astype(jnp.float32) + shifts[name].astype(jnp.float32)
+            return times(value, kernels[name]).astype(jnp.float32) + shifts[name].astype(jnp.float32)
 
         state, output = step(product, state, inputs, fixed, constants)
         return state, (output, arguments)
