@@ -117,9 +117,12 @@ class Placement:
     def make_state(self, function: Callable, *trees) -> Any:
         """The global tree that a function makes of global trees, such as `put_state` takes, each part where it will lie.
 
-        What is split over many devices need not be held by one first. The program that makes it is needed once and not kept.
+        What is split over many devices need not be held by one first. The program that makes it is needed once and not kept,
+        nor is what it made random numbers in.
         """
-        return _Compiled(jax.jit(lambda *trees: function(*trees)))(*trees)
+        made = _Compiled(jax.jit(lambda *trees: function(*trees)))(*trees)
+        give_back_freed_memory()
+        return made
 
     def put_state(self, tree):
         """A global tree, replicated."""
@@ -236,8 +239,9 @@ class Sharded(Placement):
         return _Compiled(jax.jit(constrained, donate_argnums=donate))
 
     def make_state(self, function, *trees):
-        made = self.compile(lambda *trees: (function(*trees),), ("state",))
-        return made(*map(self.put_state, trees))[0]
+        made = self.compile(lambda *trees: (function(*trees),), ("state",))(*map(self.put_state, trees))[0]
+        give_back_freed_memory()
+        return made
 
     def put_state(self, tree):
         return _put(tree, self._state_shardings(tree))
