@@ -1,5 +1,7 @@
 """Products with a matrix: in parts and whole against NumPy, and which are made in parts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,7 @@ def test_a_product_and_its_gradients_are_those_of_numpy(shape):
 def test_one_row_is_made_in_parts(shape):
     x, matrix = factors(shape)
     assert by_parts(x, matrix) and "[2,256,384]" in str(jax.make_jaxpr(times)(x, matrix))
+    assert "[2,256,384]" not in str(jax.make_jaxpr(functools.partial(jax.vjp, times))(x, matrix))  # where a gradient is needed
 
 
 @pytest.mark.parametrize(

@@ -23,19 +23,36 @@ def dot_general(x: Array, matrix: Array, dimension_numbers: Any, precision: Any 
     """`jax.lax.dot_general` of x [..., D] and a matrix [D, F], as `nn.Dense` calls it; to rounding the same in parts.
 
     Of one row each number of the matrix is read for two operations, so what counts is how fast memory is read. XLA's CPU backend
-    leaves that to one thread unless the matrix has millions of numbers; the parts of a sum over D it gives to several.
+    leaves that to one thread unless the matrix has millions of numbers; the parts of a sum over D it gives to several. Where a
+    gradient is needed it is made whole: a recurrence that trains on one row is slower in parts.
     """
-    options = {"precision": precision, "preferred_element_type": preferred_element_type}
-    if dimension_numbers != (((x.ndim - 1,), (0,)), ((), ())) or not by_parts(x, matrix):
-        return jax.lax.dot_general(x, matrix, dimension_numbers, **options)
+    if dimension_numbers == _dimensions(x) and by_parts(x, matrix):
+        return _in_parts(x, matrix, precision, preferred_element_type)
+    return jax.lax.dot_general(x, matrix, dimension_numbers, precision, preferred_element_type)
+
+
+def _dimensions(x):
+    return ((x.ndim - 1,), (0,)), ((), ())
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _in_parts(x, matrix, *options):
     x_P1D, matrix_PDF = x.reshape(_PARTS, 1, -1), matrix.reshape(_PARTS, -1, matrix.shape[1])
-    products_P1F = jax.lax.dot_general(x_P1D, matrix_PDF, (((2,), (1,)), ((0,), (0,))), **options)
+    products_P1F = jax.lax.dot_general(x_P1D, matrix_PDF, (((2,), (1,)), ((0,), (0,))), *options)
     return products_P1F.sum(axis=0).reshape(*x.shape[:-1], -1)
+
+
+@_in_parts.defjvp
+def _in_parts_jvp(precision, preferred_element_type, primals, tangents):
+    def whole(x, matrix):
+        return jax.lax.dot_general(x, matrix, _dimensions(x), precision, preferred_element_type)
+
+    return jax.jvp(whole, primals, tangents)
 
 
 def times(x: Array, matrix: Array, **options: Any) -> Array:
     """x @ matrix, [..., D] by [D, F]; see `dot_general`."""
-    return dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), **options)
+    return dot_general(x, matrix, _dimensions(x), **options)
 
 
 Dense = functools.partial(nn.Dense, dot_general=dot_general)
