@@ -1,4 +1,4 @@
-"""The start of JAX's backend: what glibc is told before XLA's threads are there."""
+"""The start of JAX's backend: what glibc is told before XLA's threads are there, and what it gets back after a state is made."""
 
 import ctypes
 import pathlib
@@ -43,6 +43,26 @@ libc.malloc_info(0, file)
 libc.fclose(file)
 """
 
+_MAKES = """
+import jax, jax.numpy as jnp
+from lm.backend import start
+from lm.parallel import Placement
+
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+def make():
+    square = jax.random.uniform(jax.random.key(0), (8192, 4096))
+    return square @ square[0]
+
+start()
+placement = Placement(1)
+jax.block_until_ready(placement.make_state(lambda: jnp.ones(8) + 1))
+before = resident()
+made = jax.block_until_ready(placement.make_state(make))
+print(resident() - before)
+"""
+
 
 pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="the C library is not glibc")
 
@@ -58,3 +78,10 @@ def test_all_threads_allocate_from_one_arena(tmp_path):
     # Another arena would return a step's buffers to the kernel after each step, and take them anew for the next.
     subprocess.run([sys.executable, "-c", _REPORT, tmp_path / "arenas.xml"], check=True, cwd=pathlib.Path(__file__).parents[1])
     assert (tmp_path / "arenas.xml").read_text().count("<heap nr=") == 1
+
+
+def test_what_a_state_is_made_in_is_given_back():
+    done = subprocess.run(
+        [sys.executable, "-c", _MAKES], check=True, cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert int(done.stdout) < 8192 * 4096 * 4 / 1024 / 2  # KiB: half of the matrix that the state is a product of

@@ -326,7 +326,8 @@ class Attention(nn.Module):
         return jnp.take_along_axis(by_distance_BHTS, index_BTS[:, None], axis=-1)
 
     def _projected(self, x_ND, alone):
-        """Queries, keys and values; of a token that comes alone in one product, whose matrix a loop over tokens joins once."""
+        """Queries, keys and values [B * T, D] each; on a CPU of a token that comes alone by one product, whose matrix XLA joins
+        once before a loop over tokens."""
         projections = self.query, self.key, self.value
         if not alone or jax.default_backend() != "cpu" or count(HEADS) > 1:
             return [project(x_ND) for project in projections]

@@ -14,13 +14,19 @@ _SMALLEST = 1 << 16  # float32 numbers, 256 KiB, which a core's own cache holds
 
 
 def by_parts(x: Array, matrix: Array, contracted: int = 0) -> bool:
-    """Whether `times` makes the product in parts: of one row, in float32, on a CPU, with a matrix that is not small."""
+    """Whether `times` makes the product in parts: of one row, in float32, on a CPU, with a matrix that is not small.
+
+    Args:
+      x: [..., D].
+      matrix: [D, F], or [F, D] with contracted 1.
+      contracted: the matrix's axis that is summed over.
+    """
     one_row = x.size == x.shape[-1] and x.dtype == matrix.dtype == jnp.float32 and jax.default_backend() == "cpu"
     return one_row and matrix.ndim == 2 and matrix.size >= _SMALLEST and matrix.shape[contracted] % _PARTS == 0
 
 
 def dot_general(x: Array, matrix: Array, dimension_numbers: Any, precision: Any = None, preferred_element_type: Any = None):
-    """`jax.lax.dot_general` of x [..., D] and a matrix [D, F], as `nn.Dense` calls it; to rounding the same in parts.
+    """`jax.lax.dot_general`, as `nn.Dense` calls it, of x [..., D] and a matrix [D, F]: [..., F], in parts the same to rounding.
 
     Of one row each number of the matrix is read for two operations, so what counts is how fast memory is read. XLA's CPU backend
     leaves that to one thread unless the matrix has millions of numbers; the parts of a sum over D it gives to several. Where a
@@ -51,8 +57,9 @@ def _in_parts_jvp(precision, preferred_element_type, primals, tangents):
 
 
 def times(x: Array, matrix: Array, **options: Any) -> Array:
-    """x @ matrix, [..., D] by [D, F]; see `dot_general`."""
+    """x @ matrix, [..., F], of x [..., D] and a matrix [D, F]; options and parts as of `dot_general`."""
     return dot_general(x, matrix, _dimensions(x), **options)
 
 
+# What is multiplied by a matrix of its own in a model: as nn.Dense.
 Dense = functools.partial(nn.Dense, dot_general=dot_general)
